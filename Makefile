@@ -1,0 +1,69 @@
+# image     a picture from a prompt, by the model that ships with us
+# test      the quick tests        test-all  also the slow ones        gpu  the GPU tests, with the system's Python
+# lint      ruff and pyright       tabletop  train the shipped model from nothing (hours; resumes where it stopped)
+
+PYTHON ?= python3
+PROMPT ?= a large shiny red sphere behind a small blue cube on a wooden table
+OUT ?= out/picture.png
+WORKERS ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=loadfile
+
+export PROMPT OUT
+
+.DELETE_ON_ERROR:
+.PHONY: help image test test-all lint gpu tabletop
+
+help:
+	@sed -n '1,/^$$/s/^# //p' Makefile
+
+image: $(VENV)/run.stamp
+	@mkdir -p "$$(dirname "$$OUT")"
+	$(BIN)/sdkit txt2img "$$PROMPT" --out "$$OUT"
+	@realpath "$$OUT"
+
+test: $(VENV)/test.stamp
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(VENV)/test.stamp
+	$(PYTEST) -m "not gpu"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Exit status 5 is pytest's "no test was selected", which is no failure while no kernel has a GPU test.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu || test $$? -eq 5
+
+tabletop: $(VENV)/test.stamp
+	$(BIN)/python -m finetune.pretrain.autoencoder
+	$(BIN)/python -m finetune.pretrain.clip
+	$(BIN)/python -m finetune.pretrain.noise_predictor
+	$(BIN)/python -m finetune.pretrain.probe
+	$(BIN)/python -m finetune.pretrain.evaluate
+
+# One virtual environment, filled as far as the target needs it: run < test < dev. torch goes first and by its exact
+# version, so that pip takes the build that the machine offers and never replaces it.
+$(VENV)/pip.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else \
+	    f"Python 3.11 or later is needed, $(PYTHON) is {v}; name another one: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep ^torch== constraints.txt)"
+	@touch $@
+
+$(VENV)/run.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(PIP) -e ".[test]"
+	@touch $@ $(VENV)/run.stamp
+
+$(VENV)/dev.stamp: $(VENV)/pip.stamp pyproject.toml
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/run.stamp $(VENV)/test.stamp

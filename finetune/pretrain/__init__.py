@@ -1,0 +1,1 @@
+"""Training the shipped model from nothing: pictures, CLIP, VAE, noise predictor."""

@@ -1,0 +1,117 @@
+"""Train the VAE of the shipped model on tabletop pictures: ``python -m finetune.pretrain.autoencoder``.
+
+Loss: mean squared error + 0.1 mean absolute error + a tiny KL term, on samples of the posterior, in bfloat16
+autocast. The scaling factor is then set so that latents of the training pictures have standard deviation 1.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from finetune.pretrain.pictures import SIZE, Pictures, to_bytes, training_pictures
+from finetune.pretrain.tabletop import render, sample_scenes
+from finetune.pretrain.training import MovingAverage, Recipe, generator, train
+from sdkit.checkpoint import give_weights, read_state, write_state
+from sdkit.config import VAEConfig
+from sdkit.image import grid, to_pil
+from sdkit.vae import AutoencoderKL
+
+CONFIG = VAEConfig(
+    block_out_channels=(32, 64, 96),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    norm_num_groups=16,
+    sample_size=SIZE,
+)
+BATCH = 16
+KL_WEIGHT = 1e-6
+TEST_SEED = 1_000_001
+
+
+def reconstruction_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """The loss of pictures x [B, 3, H, W] in [-1, 1], and the PSNR in dB of the batch."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        posterior = vae.encode(x)
+        posterior = replace(posterior, mean=posterior.mean.float(), logvar=posterior.logvar.float())
+        reconstruction = vae.decode(posterior.sample(noise)).float()
+    mse = (reconstruction - x).square().mean()
+    kl = posterior.kl().mean()
+    loss = mse + 0.1 * (reconstruction - x).abs().mean() + KL_WEIGHT * kl
+    return loss, {"psnr": psnr(mse.detach()).item(), "kl": kl.item()}
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB for pictures in [-1, 1]."""
+    return 10 * torch.log10(4 / mse)
+
+
+@torch.no_grad()
+def scaling_factor(vae: AutoencoderKL, pictures: Pictures) -> float:
+    """1 / standard deviation of the posterior's samples over some of the training pictures."""
+    noise = generator(TEST_SEED, 0)
+    index = torch.randperm(len(pictures), generator=noise)[:1024]
+    samples = [vae.encode(pictures.pixels(part)).sample(noise) for part in index.split(64)]
+    return 1 / torch.cat(samples).std().item()
+
+
+@torch.no_grad()
+def test_psnr(vae: AutoencoderKL, count: int = 256) -> float:
+    """Mean PSNR in dB over fresh renders, each clamped to [-1, 1] as a picture is."""
+    values: list[Tensor] = []
+    for part in range(0, count, 64):
+        x = render(sample_scenes(64, TEST_SEED + part, held_out="include"), SIZE).images * 2 - 1
+        values.append(psnr((vae(x).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))))
+    return torch.cat(values).mean().item()
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The model's folder; vae/ is written there.")] = Path(
+        "build/tabletop/model"
+    ),
+    work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
+    steps: Annotated[int, typer.Option(help="Training steps of 16 pictures.")] = 3000,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+) -> None:
+    """Train the VAE; a killed run goes on where it stopped."""
+    torch.manual_seed(0)
+    pictures = training_pictures(work)
+    vae = AutoencoderKL(CONFIG)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = generator(2, step)
+        index = torch.randint(len(pictures), (BATCH,), generator=rng)
+        return reconstruction_loss(vae, pictures.pixels(index), rng)
+
+    def sample(step: int, average: MovingAverage | None) -> None:
+        x = render(sample_scenes(16, TEST_SEED), SIZE).images
+        with torch.no_grad():
+            y = vae(x * 2 - 1)
+        both = torch.cat([to_bytes(x).float() / 127.5 - 1, y.clamp(-1, 1)])
+        grid(to_pil(both), columns=8).save(work / "vae" / f"sheet-{step:06d}.png")
+
+    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=100)
+    train(vae, loss, recipe, work / "vae", on_sample=sample, sample_seconds=180)
+    vae.eval()
+    vae.config = replace(vae.config, scaling_factor=scaling_factor(vae, pictures))
+    write_state(vae.state_dict(), work / "vae" / "diffusion_pytorch_model.safetensors", torch.float16)
+    (work / "vae" / "config.json").write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n")
+    print(f"PSNR of unseen renders {test_psnr(vae):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}")
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The VAE that ``main`` left in ``folder``."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(folder)
+    state, _ = read_state(folder / "diffusion_pytorch_model.safetensors", torch.float32)
+    return give_weights(vae, state, str(folder))
+
+
+if __name__ == "__main__":
+    typer.run(main)

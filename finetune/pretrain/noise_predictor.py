@@ -1,0 +1,183 @@
+"""Train the UNet of the shipped model on latents and captions: ``python -m finetune.pretrain.noise_predictor``.
+
+v prediction with min-SNR weighting (arXiv 2303.09556, gamma 5), captions dropped one time in ten so that guidance
+works, moving average of the weights. The text encoder goes on learning with the UNet, its pooled output held to
+what contrastive training made it, so that the image encoder still fits. Ends by writing the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sdkernels
+from finetune.pretrain.autoencoder import load_vae
+from finetune.pretrain.clip import load_text_encoder, tokenize
+from finetune.pretrain.pictures import SIZE, Pictures, training_pictures
+from finetune.pretrain.tabletop import captions
+from finetune.pretrain.training import MovingAverage, Recipe, generator, save_atomically, train
+from sdkit.checkpoint import Components, save_folder
+from sdkit.config import UNetConfig
+from sdkit.guidance import Guidance
+from sdkit.denoise import denoise
+from sdkit.image import grid, to_pil
+from sdkit.plan import make_plan
+from sdkit.schedule import NoiseSchedule
+from sdkit.text import load_tokenizer, pooled
+from sdkit.unet import UNet2DConditionModel
+from sdkit.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+CONFIG = UNetConfig(
+    sample_size=SIZE // 4,
+    block_out_channels=(64, 128, 160),
+    down_block_types=("CrossAttnDownBlock2D",) * 3,
+    up_block_types=("CrossAttnUpBlock2D",) * 3,
+    layers_per_block=1,
+    attention_head_dim=(2, 4, 5),
+    norm_num_groups=16,
+    cross_attention_dim=128,
+)
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing", "steps_offset": 1, "algorithm_type": "dpmsolver++", "solver_order": 2,
+}  # fmt: skip
+BATCH = 32
+DROPOUT = 0.1
+GAMMA = 5.0
+ANCHOR = 1.0
+PROMPTS = (
+    "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone", "a white sphere",
+    "a large shiny orange cube on a wooden table", "a small matte cyan ball on a black table",
+    "a red cube and a blue sphere", "a green cone and a yellow torus", "a white cylinder behind a purple sphere",
+    "a cyan torus to the left of a red cone", "an orange sphere in front of a green cylinder",
+    "a small blue cube to the right of a large yellow cone", "a blue sphere on a grey table", "",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def latent_moments(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every picture's latents, scaled, float16 [N, 4, h, w]; kept on disk."""
+    file = folder / "latents.pt"
+    if not file.exists():
+        parts: list[tuple[Tensor, Tensor]] = []
+        for index in tqdm(torch.arange(len(pictures)).split(64), desc="encode", mininterval=5.0):
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(pictures.pixels(index))
+            scale = vae.config.scaling_factor
+            parts.append(((posterior.mean.float() * scale).half(), (posterior.std.float() * scale).half()))
+        save_atomically([torch.cat(part) for part in zip(*parts, strict=True)], file)
+    mean, std = torch.load(file, weights_only=True)
+    return mean, std
+
+
+class TextConditioned(nn.Module):
+    """What is trained together."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, sample: Tensor, timestep: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction, and the text's pooled output."""
+        hidden = self.text_encoder(input_ids=ids).last_hidden_state
+        return self.unet(sample, timestep, hidden), pooled(hidden, ids, int(ids[0, -1]))
+
+
+def min_snr_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Weight of the squared error of v at timesteps t: min(snr, GAMMA) / (snr + 1) (arXiv 2303.09556)."""
+    snr = schedule.snr(t).float()
+    return snr.clamp(max=GAMMA) / (snr + 1)
+
+
+@torch.no_grad()
+def sample_sheet(model: TextConditioned, vae: AutoencoderKL, tokenizer: CLIPTokenizer, schedule: NoiseSchedule) -> Any:
+    """PROMPTS drawn with 20 steps and guidance 3, as a sheet with captions."""
+    plan = make_plan("dpmpp_2m", schedule, 20, timestep_spacing="trailing")
+    ids = tokenize(tokenizer, [*PROMPTS, *[""] * len(PROMPTS)], model.text_encoder.config.max_position_embeddings)
+    context = model.unet.context_kv(model.text_encoder(input_ids=ids).last_hidden_state)
+
+    def predict(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        t = plan.timesteps[k].float()
+        cond, uncond = model.unet(torch.cat([x, x]).float(), t, None, context_kv=context).chunk(2)
+        return uncond, cond
+
+    noise = torch.randn(len(PROMPTS), 4, SIZE // 4, SIZE // 4, generator=generator(9, 0))
+    latents = denoise(plan, predict, plan.start(noise), lambda: noise, Guidance(3.0))
+    pictures = vae.decode(latents.float() / vae.config.scaling_factor).clamp(-1, 1)
+    return grid([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or "(no text)" for p in PROMPTS])
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, sheets, results.")] = Path("build/tabletop"),
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 12_000,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
+) -> None:
+    """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
+    torch.manual_seed(0)
+    pictures = training_pictures(work)
+    vae = load_vae(work / "vae")
+    folder = work / "unet"
+    folder.mkdir(parents=True, exist_ok=True)
+    mean, std = latent_moments(vae, pictures, folder)
+    tokenizer = load_tokenizer(work / "clip" / "tokenizer")
+    anchor = load_text_encoder(work / "clip").eval().requires_grad_(False)
+    model = TextConditioned(UNet2DConditionModel(CONFIG), copy.deepcopy(anchor).requires_grad_(True))
+    schedule = NoiseSchedule(prediction_type="v_prediction")
+    alphas = schedule.alphas_cumprod.float()
+    length = anchor.config.max_position_embeddings
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = generator(6, step)
+        index = torch.randint(len(pictures), (BATCH,), generator=rng)
+        noise = torch.randn(2, BATCH, *mean.shape[1:], generator=rng)
+        x0 = mean[index].float() + std[index].float() * noise[0]
+        texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
+        dropped = torch.rand(BATCH, generator=rng) < DROPOUT
+        texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
+        ids = tokenize(tokenizer, texts, length)
+        t = torch.randint(schedule.num_train_timesteps, (BATCH,), generator=rng)
+        x_t, target = sdkernels.add_noise(x0, noise[1], t, alphas, "v_prediction")
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction, summary = model(x_t, t, ids)
+            with torch.no_grad():
+                wanted = pooled(anchor(input_ids=ids).last_hidden_state, ids, int(ids[0, -1]))
+        error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        held = F.mse_loss(summary.float(), wanted.float())
+        mse = (min_snr_weight(schedule, t) * error).mean()
+        return mse + ANCHOR * held, {"mse": error.mean().item(), "anchor": held.item()}
+
+    def with_average(average: MovingAverage | None) -> TextConditioned:
+        smooth = copy.deepcopy(model).eval()
+        if average is not None:
+            average.copy_to(smooth)
+        return smooth
+
+    def sample(step: int, average: MovingAverage | None) -> None:
+        sample_sheet(with_average(average), vae, tokenizer, schedule).save(folder / f"sheet-{step:06d}.png")
+
+    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=300, decay_from=0.5, ema_decay=0.999)
+    average = train(
+        model, loss, recipe, folder, on_sample=sample, rates=lambda name: 0.5 if name.startswith("text_encoder") else 1.0
+    )
+    smooth = with_average(average)
+    save_folder(
+        Components(smooth.unet, vae, smooth.text_encoder, tokenizer, SCHEDULER), work / "model", dtype=torch.float16
+    )
+    shutil.copytree(work / "clip" / "image_encoder", work / "model" / "image_encoder", dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

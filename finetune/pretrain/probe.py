@@ -1,0 +1,184 @@
+"""A probe that says what is in a tabletop picture, trained on renders: ``python -m finetune.pretrain.probe``.
+
+A small convolutional network reads the picture into 64 cells; three learned queries look at the cells and each names
+one object or none: shape, colour, size, material and place. Objects have no order, so the loss is taken under the best
+of the six matchings, as in DETR (arXiv 2005.12872). It judges generated pictures, so it never sees one in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from finetune.pretrain.pictures import SIZE, training_pictures
+from finetune.pretrain.tabletop import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, render, sample_scenes
+from finetune.pretrain.training import Recipe, generator, train
+from sdkit.checkpoint import give_weights, read_state, write_state
+
+WEIGHTS = Path(__file__).parent / "probe.safetensors"
+SLOTS, WIDTH = 3, 128
+NONE = len(SHAPES)  # the shape of a slot with no object
+HEADS = {"shape": len(SHAPES) + 1, "color": len(COLORS), "size": len(SIZES), "material": len(MATERIALS), "place": 2}
+PLACE_SCALE = 0.1  # metres
+BATCH = 32
+TEST_SEED = 3_000_001
+
+
+def _stage(channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels, 3, stride=2, padding=1),
+        nn.GroupNorm(8, out_channels),
+        nn.SiLU(),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        nn.GroupNorm(8, out_channels),
+        nn.SiLU(),
+    )
+
+
+class Probe(nn.Module):
+    """Pictures [B, 3, 64, 64] in [-1, 1] to logits for three unordered objects and the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.stages = nn.Sequential(_stage(32, 32), _stage(32, 64), _stage(64, WIDTH))
+        self.position = nn.Parameter(0.1 * torch.randn(SIZE // 8 * SIZE // 8, WIDTH))
+        self.queries = nn.Parameter(torch.randn(SLOTS, WIDTH))
+        layer = nn.TransformerDecoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(WIDTH))
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in HEADS.items()})
+        self.table = nn.Linear(WIDTH, len(TABLES))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """{"shape": [B, 3, 6], "color": [B, 3, 8], "size", "material": [B, 3, 2], "place": [B, 3, 2], "table": [B, 4]}."""
+        cells = self.stages(self.stem(x)).flatten(2).transpose(1, 2) + self.position
+        slots = self.decoder(self.queries.expand(len(x), -1, -1), cells)
+        return {name: head(slots) for name, head in self.heads.items()} | {"table": self.table(cells.mean(1))}
+
+
+def matched_loss(out: dict[str, Tensor], scenes: Scenes) -> Tensor:
+    """Mean over the batch of the loss under the best matching of slots to objects."""
+    present = scenes.shape >= 0
+    shape = torch.where(present, scenes.shape, NONE)
+    costs: list[Tensor] = []
+    for order in permutations(range(SLOTS)):
+        slot = torch.tensor(order)
+
+        def entropy(name: str, target: Tensor, slot: Tensor = slot) -> Tensor:
+            logits = out[name][:, slot].float().transpose(1, 2)
+            return F.cross_entropy(logits, target.clamp_min(0), reduction="none")
+
+        attributes = entropy("color", scenes.color) + entropy("size", scenes.size) + entropy("material", scenes.material)
+        place = (out["place"][:, slot].float() - scenes.position / PLACE_SCALE).square().sum(-1)
+        costs.append((entropy("shape", shape) + present * (attributes + place)).sum(1))
+    objects = torch.stack(costs).amin(0).mean()
+    return objects + F.cross_entropy(out["table"].float(), scenes.table)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the probe sees in one picture: for each object its attributes by argmax, their probabilities, its place."""
+
+    objects: list[dict[str, str]]
+    probabilities: list[dict[str, float]]
+    places: list[tuple[float, float]]  # metres to the right and away from the camera
+    table: str
+
+
+@torch.no_grad()
+def look(probe: Probe, pixels: Tensor) -> list[Verdict]:
+    """Judge pictures [B, 3, 64, 64] in [-1, 1]; objects are listed by how sure the probe is of them."""
+    out = {name: value.float() for name, value in probe(pixels).items()}
+    names = {"shape": SHAPES, "color": COLORS, "size": SIZES, "material": MATERIALS}
+    chances = {name: out[name].softmax(-1) for name in names}
+    verdicts: list[Verdict] = []
+    for b in range(len(pixels)):
+        slots = [s for s in range(SLOTS) if int(out["shape"][b, s].argmax()) != NONE]
+        slots.sort(key=lambda s: float(chances["shape"][b, s, NONE]))
+        best = {name: chances[name][b, :, : len(words)].max(-1) for name, words in names.items()}
+        verdicts.append(
+            Verdict(
+                [{name: words[int(best[name].indices[s])] for name, words in names.items()} for s in slots],
+                [{name: float(best[name].values[s]) for name in names} for s in slots],
+                [(float(out["place"][b, s, 0]) * PLACE_SCALE, float(out["place"][b, s, 1]) * PLACE_SCALE) for s in slots],
+                TABLES[int(out["table"][b].argmax())],
+            )
+        )
+    return verdicts
+
+
+def accuracy(probe: Probe, count: int = 2048) -> dict[str, float]:
+    """How often each attribute is right on unseen renders, held-out pairs included, in per cent.
+
+    An object's attributes are those of the matching slot; "count" is the number of objects of a picture.
+    """
+    right: dict[str, list[bool]] = {name: [] for name in ("count", "shape", "color", "size", "material", "table")}
+    for part in range(0, count, 64):
+        scenes = sample_scenes(64, TEST_SEED + part, held_out="include")
+        for i, verdict in enumerate(look(probe, render(scenes, SIZE).images * 2 - 1)):
+            truth = [
+                {
+                    "shape": SHAPES[scenes.shape[i, k]], "color": COLORS[scenes.color[i, k]],
+                    "size": SIZES[scenes.size[i, k]], "material": MATERIALS[scenes.material[i, k]],
+                }
+                for k in range(int(scenes.count[i]))
+            ]  # fmt: skip
+            right["count"].append(len(verdict.objects) == len(truth))
+            right["table"].append(verdict.table == TABLES[scenes.table[i]])
+            if right["count"][-1]:
+                best = max(
+                    (list(order) for order in permutations(verdict.objects)),
+                    key=lambda order: sum(a[name] == b[name] for a, b in zip(order, truth, strict=True) for name in a),
+                )
+                for seen, real in zip(best, truth, strict=True):
+                    for name in real:
+                        right[name].append(seen[name] == real[name])
+    return {name: 100 * sum(values) / len(values) for name, values in right.items()}
+
+
+def load_probe(file: Path = WEIGHTS) -> Probe:
+    """The trained probe. Raises CheckpointError when ``file`` is missing or of another network."""
+    with torch.device("meta"):
+        probe = Probe()
+    return give_weights(probe, read_state(file, torch.float32)[0], str(file))
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Rendered pictures and checkpoints.")] = Path("build/tabletop"),
+    output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 4000,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+) -> None:
+    """Train the probe; a killed run goes on where it stopped."""
+    torch.manual_seed(0)
+    pictures = training_pictures(work)
+    held_out = sample_scenes(4096, TEST_SEED - 1, held_out="only")  # so that no pair is strange to it
+    extra = render(held_out, SIZE).images * 2 - 1
+    probe = Probe()
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = generator(7, step)
+        index = torch.randint(len(pictures), (BATCH - BATCH // 8,), generator=rng)
+        other = torch.randint(len(extra), (BATCH // 8,), generator=rng)
+        x = torch.cat([pictures.pixels(index), extra[other]])
+        x = x + 0.03 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = probe(x)
+        return matched_loss(out, Scenes.cat([pictures.scenes[index], held_out[other]])), {}
+
+    train(probe, loss, Recipe(steps=steps, learning_rate=learning_rate, decay_from=0.3), work / "probe")
+    probe.eval()
+    write_state(probe.state_dict(), output, torch.float16)
+    for name, value in accuracy(load_probe(output)).items():
+        print(f"{name:10} {value:.2f} % right on unseen renders")
+
+
+if __name__ == "__main__":
+    typer.run(main)

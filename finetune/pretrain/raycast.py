@@ -1,0 +1,350 @@
+"""A batched analytic ray caster for tabletop scenes, in plain PyTorch.
+
+Objects are intersected in a local frame in which their radius is 1, and only on the pixels that their bounding sphere
+covers; table and wall are evaluated once a pixel. Vectors are ``[3, ...]``, see ``geometry.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune.pretrain.geometry import (
+    BOUND,
+    CENTRE_HEIGHT,
+    CUBE,
+    FOCAL,
+    SPHERE,
+    TORUS,
+    TORUS_TILT,
+    WALL,
+    camera_origin,
+    camera_rays,
+    dot,
+    intersect,
+    normals,
+    smoothstep,
+    unit,
+)
+from finetune.pretrain.scenes import Scenes
+
+COLOR_RGB = (
+    (0.84, 0.07, 0.08),
+    (1.00, 0.47, 0.03),
+    (0.99, 0.86, 0.08),
+    (0.10, 0.62, 0.16),
+    (0.12, 0.82, 0.86),
+    (0.10, 0.22, 0.86),
+    (0.52, 0.14, 0.74),
+    (0.95, 0.95, 0.94),
+)  # sRGB, in the order of tabletop.COLORS
+TABLE_RGB = ((0.90, 0.89, 0.87), (0.52, 0.53, 0.55), (0.13, 0.13, 0.14), (0.66, 0.44, 0.26))
+WALL_RGB = (0.66, 0.72, 0.79)
+GAMMA = 2.2
+AMBIENT, KEY = 0.40, 0.82
+LIGHT_SPREAD = 0.10  # the key light's radius over its distance
+SHADOW_RAYS = 8
+
+
+class Rendered(NamedTuple):
+    """Pictures and what is exactly true of them.
+
+    Attributes:
+        images: ``[B, 3, S, S]`` float32 in [0, 1], sRGB.
+        depth: ``[B, S, S]`` float32, metres along the camera's axis, at pixel centres.
+        masks: ``[B, S, S]`` int64, 0 for table and wall, 1 to 3 for the object slot, at pixel centres.
+    """
+
+    images: Tensor
+    depth: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of all pictures in one list of length O."""
+
+    picture: Tensor  # [O] int64
+    slot: Tensor  # [O] int64
+    shape: Tensor  # [O] int64
+    radius: Tensor  # [O]
+    centre: Tensor  # [3, O]
+    rotation: Tensor  # [3, 3, O], local to world
+    albedo: Tensor  # [3, O], linear
+    shiny: Tensor  # [O] float
+
+
+class Hits(NamedTuple):
+    """Visible surface samples of objects, E of them."""
+
+    pixel: Tensor  # [E] index into B · S · S
+    sample: Tensor  # [E] index of the sample within the pixel
+    obj: Tensor  # [E] index into Objects
+    depth: Tensor  # [E]
+    normal: Tensor  # [3, E], world
+    ray: Tensor  # [3, E], unnormalised: its component along the camera's axis is 1
+
+
+def column(rgb: tuple[float, ...], like: Tensor) -> Tensor:
+    """An sRGB colour as a linear vector [3, 1] on the device of ``like``."""
+    return torch.tensor(rgb, device=like.device, dtype=like.dtype)[:, None] ** GAMMA
+
+
+def flatten_objects(scenes: Scenes) -> Objects:
+    """The filled slots of a batch of scenes as one list."""
+    picture, slot = torch.nonzero(scenes.shape >= 0, as_tuple=True)
+    shape, radius = scenes.shape[picture, slot], scenes.radius[picture, slot]
+    x, z = scenes.position[picture, slot].unbind(-1)
+    height = torch.tensor(CENTRE_HEIGHT, device=shape.device)[shape] * radius
+    yaw = scenes.yaw[picture, slot] + (shape == CUBE) * (math.pi / 4)
+    tilt = (shape == TORUS) * TORUS_TILT  # the ring's axis leans from upright towards the camera
+    sy, cy, st, ct = yaw.sin(), yaw.cos(), tilt.sin(), tilt.cos()
+    zero = torch.zeros_like(sy)
+    rotation = torch.stack(
+        [
+            torch.stack([cy, -sy * st, sy * ct]),
+            torch.stack([zero, ct, st]),
+            torch.stack([-sy, -cy * st, cy * ct]),
+        ]
+    )
+    albedo = torch.tensor(COLOR_RGB, device=shape.device)[scenes.color[picture, slot]] ** GAMMA
+    albedo = (albedo * scenes.shade[picture, slot]).T.clamp(0, 1)
+    shiny = (scenes.material[picture, slot] == 1).float()
+    return Objects(picture, slot, shape, radius, torch.stack([x, height, z]), rotation, albedo, shiny)
+
+
+def to_local(objects: Objects, index: Tensor, vectors: Tensor) -> Tensor:
+    """World vectors ``[3, E, M]`` in the unit frame of objects ``index`` [E]; positions relative to the centre."""
+    rotation = objects.rotation[:, :, index, None]
+    scale = 1 / objects.radius[index, None]
+    return torch.stack([dot(rotation[:, i], vectors) * scale for i in range(3)])
+
+
+def sample_grid(size: int, supersample: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixel centres u, v [P] and the sample offsets du, dv [M + 1]; the last sample is the pixel's centre."""
+    line = (2 * torch.arange(size, device=device) + 1) / size - 1
+    v, u = torch.meshgrid(-line, line, indexing="ij")
+    fine = ((2 * torch.arange(supersample, device=device) + 1) / supersample - 1) / size
+    dv, du = torch.meshgrid(-fine, fine, indexing="ij")
+    centre = torch.zeros(1, device=device)
+    offsets = (torch.cat([du.flatten(), centre]), torch.cat([dv.flatten(), centre]))
+    return u.flatten() * FOCAL, v.flatten() * FOCAL, offsets[0] * FOCAL, offsets[1] * FOCAL
+
+
+def cast(scenes: Scenes, objects: Objects, size: int, supersample: int) -> Hits:
+    """The visible samples of all objects: a loop over shapes, then the nearest hit of each sample."""
+    u, v, du, dv = sample_grid(size, supersample, scenes.position.device)
+    pixels, samples = size * size, len(du)
+    pitch, origin = scenes.camera[:, 0], camera_origin(scenes.camera)
+    rays = camera_rays(pitch[:, None], u, v)
+    parts: list[Hits] = []
+    for shape in range(5):
+        chosen = torch.nonzero(objects.shape == shape).flatten()
+        offset = objects.centre[:, chosen] - origin[:, objects.picture[chosen]]
+        ray = rays[:, objects.picture[chosen]]
+        reach = dot(offset, offset)
+        bound = BOUND[shape] * objects.radius[chosen] + 2 * FOCAL / size * reach.sqrt()
+        near = reach[:, None] - dot(ray, offset[..., None]) ** 2 / dot(ray, ray) < bound[:, None] ** 2
+        o, p = torch.nonzero(near, as_tuple=True)
+        index, picture = chosen[o], objects.picture[chosen[o]]
+        ray = camera_rays(pitch[picture, None], u[p, None] + du, v[p, None] + dv)
+        local_origin = to_local(objects, index, -offset[:, o, None])
+        local_ray = to_local(objects, index, ray)
+        depth = intersect(shape, local_origin, local_ray)
+        e, m = torch.nonzero(depth < math.inf, as_tuple=True)
+        t = depth[e, m]
+        normal = normals(shape, local_origin[:, e, 0] + t * local_ray[:, e, m])
+        rotation = objects.rotation[:, :, index[e]]
+        normal = torch.stack([dot(rotation[i], normal) for i in range(3)])
+        parts.append(Hits(picture[e] * pixels + p[e], m, index[e], t, normal, ray[:, e, m]))
+    hits = Hits(*(torch.cat(column, -1) for column in zip(*parts, strict=True)))
+    key = hits.pixel * samples + hits.sample
+    nearest = torch.full((len(scenes) * pixels * samples,), math.inf, device=key.device)
+    nearest = nearest.scatter_reduce(0, key, hits.depth, "amin")
+    visible = hits.depth <= nearest[key]
+    return Hits(*(column[..., visible] for column in hits))
+
+
+def light_direction(light: Tensor) -> Tensor:
+    """Unit vectors [3, B] towards the key light, upper left before the objects, from jitters ``[B, 3]``."""
+    x, z = light[:, 0] - 0.62, light[:, 1] - 0.40
+    return unit(torch.stack([x, torch.full_like(x, 0.92), z]))
+
+
+def shadows(objects: Objects, light: Tensor, points: Tensor) -> Tensor:
+    """The hidden share of the key light's area, [B, P] in [0, 1], at points ``[3, B, P]`` of table and wall."""
+    hidden = torch.zeros(points.shape[1] * points.shape[2], device=points.device)
+    k = torch.arange(SHADOW_RAYS, device=points.device)
+    disc, angle = LIGHT_SPREAD * ((k + 0.5) / SHADOW_RAYS).sqrt(), k * 2.39996  # a sunflower: even over the disc
+    side = unit(torch.stack([-light[2], torch.zeros_like(light[0]), light[0]]))
+    upward = torch.linalg.cross(light, side, dim=0)
+    beams = light[..., None] + side[..., None] * disc * angle.cos() + upward[..., None] * disc * angle.sin()
+    for shape in range(5):
+        chosen = torch.nonzero(objects.shape == shape).flatten()
+        picture = objects.picture[chosen]
+        offset = objects.centre[:, chosen, None] - points[:, picture]
+        along = dot(offset, light[:, picture, None])
+        bound = BOUND[shape] * objects.radius[chosen, None] + LIGHT_SPREAD * along
+        near = (along > 0) & (dot(offset, offset) - along * along < bound * bound)
+        o, p = torch.nonzero(near, as_tuple=True)
+        local_origin = to_local(objects, chosen[o], -offset[:, o, p, None])
+        local_beam = to_local(objects, chosen[o], beams[:, picture[o]])
+        share = (intersect(shape, local_origin, local_beam) < math.inf).float().mean(-1)
+        hidden.index_add_(0, picture[o] * points.shape[2] + p, share)
+    return hidden.clamp_max(1).reshape(points.shape[1:])
+
+
+def occlusion(scenes: Scenes, points: Tensor, normal: Tensor, picture: Tensor | slice, strength: float = 0.9) -> Tensor:
+    """How much of the sky above ``points`` the objects leave open, in [0, 1], each taken as a sphere.
+
+    The sky hidden by a sphere of radius r at distance d is cos · r² / d² (Quilez, sphere ambient occlusion).
+    ``points`` and ``normal`` [3, N, ...], ``picture`` the N pictures. Slots that touch the point are included.
+    """
+    open_share = torch.ones_like(points[0])
+    extra = (1,) * (points.ndim - 2)
+    height = torch.tensor(CENTRE_HEIGHT, device=points.device)[scenes.shape.clamp_min(0)] * scenes.radius
+    for slot in range(3):
+        centre = torch.stack([scenes.position[:, slot, 0], height[:, slot], scenes.position[:, slot, 1]])[:, picture]
+        radius = (scenes.radius[:, slot] * (scenes.shape[:, slot] >= 0))[picture].reshape(-1, *extra)
+        offset = centre.reshape(3, -1, *extra) - points
+        square = dot(offset, offset).clamp_min(1e-9)
+        share = dot(offset, normal) * square.rsqrt() * (0.95 * radius) ** 2 / square
+        open_share = open_share * (1 - strength * share.clamp(0, 1))
+    return open_share
+
+
+def wood(x: Tensor, z: Tensor, shift: Tensor) -> Tensor:
+    """Brightness of a wooden table [N]: planks that run away from the camera, each with its own tone and grain."""
+    across = (x + shift[..., 0]) / 0.085
+    plank = across.floor()
+    within = across - plank
+    tone = 0.86 + 0.26 * ((plank * 12.9898 + shift[..., 1] * 40).sin() * 43.7585).frac().abs()
+    wave = (z * 14 + plank * 2.1 + shift[..., 1] * 60).sin() + 0.5 * (z * 37 + plank).sin()
+    grain = 1 + 0.11 * (across * 19 + wave * 1.6).sin()
+    seam = 1 - 0.55 * (1 - smoothstep(0.0, 0.06, torch.minimum(within, 1 - within)))
+    return tone * grain * seam
+
+
+def room(scenes: Scenes, objects: Objects, light: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Table and wall without the objects but with their shadows: linear colour [3, B, P] and depth [B, P]."""
+    u, v, _, _ = sample_grid(size, 1, scenes.position.device)
+    origin = camera_origin(scenes.camera)[..., None]
+    rays = camera_rays(scenes.camera[:, :1], u, v)
+    to_table = torch.where(rays[1] < -1e-3, -origin[1] / rays[1].clamp_max(-1e-3), math.inf)
+    depth = torch.minimum(to_table, (WALL - origin[2]) / rays[2])
+    points = origin + depth * rays
+    on_wall = smoothstep(0.0, 0.006, points[1])
+    up = torch.stack([torch.zeros_like(on_wall), 1 - on_wall, -on_wall])
+
+    albedo = torch.tensor(TABLE_RGB, device=u.device)[scenes.table].T[..., None] ** GAMMA
+    grain = wood(points[0], points[2], scenes.grain[:, None])
+    albedo = albedo * torch.where((scenes.table == 3)[:, None], grain, 1.0)
+    wall = column(WALL_RGB, u)[..., None] * (1.0 - 1.1 * points[1].clamp_min(0)) * scenes.light[:, 2:]
+    albedo = albedo * (1 - on_wall) + wall * on_wall
+
+    corner = 1 - 0.35 * (-((WALL - points[2]).abs() + points[1].abs()) / 0.03).exp()
+    sky = occlusion(scenes, points, up, slice(None)) * corner
+    pool = 1 / (1 + 5 * (points[0] ** 2 + points[2] ** 2))  # the lamp's light falls off from the middle of the table
+    key = dot(light[..., None], up).clamp_min(0) * (1 - shadows(objects, light, points)) * pool
+    return albedo * (AMBIENT * sky + KEY * 1.15 * key), depth
+
+
+def environment(direction: Tensor, table: Tensor) -> Tensor:
+    """What a mirror sees: the table below, a pale wall around, a light ceiling above; linear colours [3, E]."""
+    below = smoothstep(0.12, -0.12, direction[1])
+    wall, ceiling = 0.8 * column(WALL_RGB, direction), 1.3 * column((0.97, 0.98, 1.0), direction)
+    height = smoothstep(0.25, 0.8, direction[1])
+    return (wall * (1 - height) + ceiling * height) * (1 - below) + 0.75 * table * below
+
+
+def shade(scenes: Scenes, objects: Objects, light: Tensor, hits: Hits, pixels: int) -> Tensor:
+    """Linear colours [3, E] of object samples: Lambert, and for shiny ones Fresnel reflection and lamp highlights."""
+    picture = hits.pixel // pixels
+    point = camera_origin(scenes.camera)[:, picture] + hits.depth * hits.ray
+    normal, lamp = hits.normal, light[:, picture]
+    table = torch.tensor(TABLE_RGB, device=point.device)[scenes.table[picture]].T ** GAMMA
+    centre, radius = objects.centre[:, hits.obj], objects.radius[hits.obj]
+
+    lit = torch.ones_like(point[0])  # other objects in the way of the lamp, as soft spheres
+    for slot in range(3):
+        other = torch.stack([scenes.position[:, slot, 0], scenes.radius[:, slot], scenes.position[:, slot, 1]])
+        offset = other[:, picture] - point
+        along = dot(offset, lamp)
+        miss = (dot(offset, offset) - along * along).clamp_min(1e-12).sqrt() / scenes.radius[picture, slot]
+        blocks = (along > 0) & (scenes.shape[picture, slot] >= 0) & (objects.slot[hits.obj] != slot)
+        lit = torch.where(blocks, lit * smoothstep(0.65, 1.1, miss), lit)
+
+    facing = dot(normal, lamp)
+    sky = 0.5 + 0.5 * normal[1]
+    open_sky = occlusion(scenes, point, normal, picture, 0.7) * (0.72 + 0.28 * (point[1] / radius).clamp(0, 1))
+    ambient = AMBIENT * open_sky * (sky + (1 - sky) * (0.25 + 0.9 * table))
+    albedo = objects.albedo[:, hits.obj]
+    matte = albedo * (ambient + KEY * lit * facing.clamp_min(0))
+
+    bulge = normal + 0.40 * (point - centre) / radius  # flat faces mirror a wide part of the room, as a real box does
+    mirror = unit(torch.where(objects.shape[hits.obj] == SPHERE, normal, bulge))
+    view = -unit(hits.ray)
+    cosine = dot(view, mirror).clamp(0, 1)
+    reflected = unit(2 * dot(view, mirror) * mirror - view)
+    fresnel = 0.05 + 0.7 * (1 - cosine) ** 4
+    toward = dot(reflected, lamp)
+    glint = lit * (2.2 * smoothstep(0.90, 0.965, toward) + 0.14 * toward.clamp_min(0) ** 12)
+    spot = unit(reflected.new_tensor([0.75, 0.45, -0.5])[:, None])
+    glint = glint + 0.40 * smoothstep(0.90, 0.96, dot(reflected, spot))
+    across = reflected[0] * torch.rsqrt(reflected[0] ** 2 + reflected[2] ** 2 + 1e-6)
+    tall = smoothstep(-0.8, -0.6, reflected[1]) * smoothstep(0.35, 0.1, reflected[1]) * (reflected[2] < 0.3)
+    glint = glint + 0.38 * smoothstep(-0.92, -0.96, across) * tall  # a tall lamp on the left, for upright faces
+    glossy = 0.80 * matte + open_sky * fresnel * (0.4 + 0.6 * albedo) * environment(reflected, table) + glint
+    return torch.where(objects.shiny[hits.obj] > 0, glossy, matte)
+
+
+@torch.no_grad()
+def render(scenes: Scenes, size: int = 64, supersample: int = 2, chunk: int = 32) -> Rendered:
+    """Pictures of scenes, on the device of the scenes' tensors.
+
+    Args:
+        scenes: B scenes.
+        size: width and height S in pixels.
+        supersample: object edges are averaged over supersample² rays a pixel.
+        chunk: pictures at a time; bounds memory and does not change the result.
+
+    Returns:
+        Images, exact depth and instance masks; see ``Rendered``.
+    """
+    parts = [_render(scenes[i : i + chunk], size, supersample) for i in range(0, len(scenes), chunk)]
+    return Rendered(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _render(scenes: Scenes, size: int, supersample: int) -> Rendered:
+    pixels, rays = size * size, supersample * supersample
+    objects, light = flatten_objects(scenes), light_direction(scenes.light)
+    color, depth = room(scenes, objects, light, size)
+    color, depth = color.reshape(3, -1), depth.flatten()
+    masks = torch.zeros_like(depth, dtype=torch.int64)
+
+    hits = cast(scenes, objects, size, supersample)
+    centre = hits.sample == rays
+    depth[hits.pixel[centre]] = hits.depth[centre]
+    masks[hits.pixel[centre]] = objects.slot[hits.obj[centre]] + 1
+
+    hits = Hits(*(column[..., ~centre] for column in hits))
+    coverage = torch.zeros_like(depth).index_add_(0, hits.pixel, torch.full_like(hits.depth, 1 / rays))
+    surface = encode(shade(scenes, objects, light, hits, pixels)) / rays
+    image = encode(color) * (1 - coverage)
+    image.index_add_(1, hits.pixel, surface)
+    square = (len(scenes), size, size)
+    return Rendered(
+        image.reshape(3, *square).transpose(0, 1).contiguous().clamp_(0, 1),
+        depth.reshape(square),
+        masks.reshape(square),
+    )
+
+
+def encode(linear: Tensor) -> Tensor:
+    """Linear light to sRGB in [0, 1]: a gamma of 2.2 with a soft shoulder above 0.8."""
+    over = (linear - 0.8).clamp_min(0)
+    return (linear.clamp(0, 0.8) + 0.2 * (1 - (-over / 0.2).exp())) ** (1 / GAMMA)

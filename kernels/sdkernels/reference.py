@@ -1,0 +1,125 @@
+"""Every op in plain PyTorch: the definition that a kernel is compared with.
+
+Shapes: B samples, C channels, H x W pixels; in attention N queries, M keys, H heads of width D.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALL_SCORES = 256 * 256
+"""Up to this many scores a head, two products beat PyTorch's bfloat16 flash kernel on a CPU (3 to 6 times, measured)."""
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm of ``x + add``, then SiLU if ``activation`` is "silu" (Wu and He, arXiv 1803.08494).
+
+    x [B, C, ...]; weight and bias [C]; add [B or 1, C], one value per sample and channel. The result has x's
+    memory format. PyTorch's CPU kernel loses digits on channels-last input (it computes E[x^2] - E[x]^2),
+    so the norm is taken of a contiguous copy there.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f'group_norm: activation must be None or "silu", got {activation!r}')
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if add is not None:
+        x = x + add.reshape(*add.shape, *(1,) * (x.dim() - 2))
+    y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v without a mask; q, k, v [B, N, H, D] -> [B, N, H, D]; scale is D ** -0.5 by default."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= SMALL_SCORES:
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v; q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]."""
+    return self_attention(q, k, v, scale)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """``value * gelu(gate)`` with the exact gelu; x [..., 2 D] = (value, gate) -> [..., D] (arXiv 2002.05202)."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension. With ``residual``: (norm(x + residual), x + residual)."""
+    if residual is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """``x W^T + bias + scale (x A^T) B^T`` (arXiv 2106.09685).
+
+    x [..., I], weight [O, I], bias [O], a [R, I], b [O, R] -> [..., O].
+    """
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+
+
+def add_noise(
+    x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """Diffuse each sample to its timestep: (x_t, training target), both like x0.
+
+    x0 and noise [B, ...]; t [B] int64 indexes alphas_cumprod [T]. With a = sqrt(acp[t]), s = sqrt(1 - acp[t]):
+    x_t = a x0 + s noise; the target is the noise ("epsilon"), a noise - s x0 ("v_prediction",
+    arXiv 2202.00512) or x0 ("sample").
+    """
+    acp = alphas_cumprod.to(x0.device)[t].reshape(-1, *(1,) * (x0.dim() - 1))
+    a, s = acp.sqrt().to(x0.dtype), (1 - acp).sqrt().to(x0.dtype)
+    x_t = a * x0 + s * noise
+    if prediction_type == "epsilon":
+        return x_t, noise
+    if prediction_type == "v_prediction":
+        return x_t, a * noise - s * x0
+    if prediction_type == "sample":
+        return x_t, x0
+    raise ValueError(f'add_noise: prediction_type must be "epsilon", "v_prediction" or "sample", got {prediction_type!r}')
+
+
+def sampler_step(
+    registers: Tensor,
+    uncond: Tensor | None,
+    cond: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    step: int | Tensor,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """One row of a sampling plan: guidance, then the linear update of every register.
+
+    registers [R, B, ...] float32 or float64, register 0 the latent; uncond, cond and noise [B, ...]; coefficients
+    [K, R, R + 2]; ``step`` an int or a 0-d int64 tensor. The prediction is uncond + guidance_scale (cond - uncond),
+    or the one that is given where the other is None; noise None counts as zero. Returns the next registers.
+    """
+    row = coefficients[step].to(registers)
+    if uncond is None and cond is None:
+        raise ValueError("sampler_step: needs a prediction, uncond or cond")
+    if uncond is None or cond is None:
+        prediction = (cond if uncond is None else uncond).to(registers)  # type: ignore[union-attr]
+    else:
+        u, c = uncond.to(registers), cond.to(registers)
+        prediction = u + guidance_scale * (c - u)
+    inputs = [*registers, prediction] + ([] if noise is None else [noise.to(registers)])
+    return torch.einsum("ri,i...->r...", row[:, : len(inputs)], torch.stack(inputs))

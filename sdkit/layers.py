@@ -1,0 +1,91 @@
+"""The building blocks that the UNet and the VAE share. Parameter names are diffusers'."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sdkernels
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm on our kernel, with SiLU and a per-(sample, channel) vector ``add`` [B or 1, C] fused in."""
+
+    def forward(self, x: Tensor, activation: str | None = None, add: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # two optional arguments more
+        return sdkernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation, add)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last dimension on our kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # argument name
+        out = sdkernels.layer_norm(x, self.weight, self.bias, self.eps)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of the timesteps: [B] -> [B, width], cosines first, in float32 (arXiv 2006.11239, appendix B)."""
+    half = width // 2
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.to(torch.float32)[:, None] * exponents.exp()[None]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between: [B, width] -> [B, embedding]."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, embedding)
+        self.linear_2 = nn.Linear(embedding, embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock2D(nn.Module):
+    """Norm, SiLU, conv, twice, beside a shortcut. ``time_width`` None leaves out the time projection (VAE)."""
+
+    def __init__(self, channels: int, out_channels: int, groups: int, eps: float, time_width: int | None) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        if time_width is not None:
+            self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W]; time [B or 1, out_channels], already projected -> [B, out_channels, H, W]."""
+        h = self.conv1(self.norm1(x, "silu"))
+        h = self.conv2(self.norm2(h, "silu", time))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nn.Module):
+    """A convolution of stride 2. ``padding`` 1 as in the UNet; 0 pads one row below and right first (VAE encoder)."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample2D(nn.Module):
+    """Nearest neighbour to ``size`` (height, width; twice the input's by default), then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        target = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=target, mode="nearest"))

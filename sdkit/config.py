@@ -15,8 +15,21 @@ from typing import Any, Self
 from sdkit.errors import ConfigError
 
 # Written by diffusers for its own bookkeeping; they say nothing about the network.
-BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "decay",
-                         "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"})
+BOOKKEEPING = frozenset(
+    {
+        "_class_name",
+        "_diffusers_version",
+        "_name_or_path",
+        "_use_default_values",
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
 
 
 class _JsonConfig:
@@ -78,16 +91,35 @@ class UNetConfig(_JsonConfig):
 
     CLASS_NAME = "UNet2DConditionModel"
     INERT = {
-        "dual_cross_attention": (False,), "class_embed_type": (None,), "addition_embed_type": (None,),
-        "num_class_embeds": (None,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
-        "resnet_time_scale_shift": ("default",), "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1.0,),
-        "time_embedding_type": ("positional",), "time_embedding_dim": (None,), "time_embedding_act_fn": (None,),
-        "timestep_post_act": (None,), "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-        "projection_class_embeddings_input_dim": (None,), "attention_type": ("default",),
-        "class_embeddings_concat": (False,), "mid_block_only_cross_attention": (None, False),
-        "cross_attention_norm": (None,), "addition_time_embed_dim": (None,), "addition_embed_type_num_heads": (64,),
-        "reverse_transformer_layers_per_block": (None,), "dropout": (0, 0.0), "act_fn": ("silu",),
-        "mid_block_scale_factor": (1, 1.0), "center_input_sample": (False,), "flip_sin_to_cos": (True,),
+        "dual_cross_attention": (False,),
+        "class_embed_type": (None,),
+        "addition_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "projection_class_embeddings_input_dim": (None,),
+        "attention_type": ("default",),
+        "class_embeddings_concat": (False,),
+        "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,),
+        "addition_time_embed_dim": (None,),
+        "addition_embed_type_num_heads": (64,),
+        "reverse_transformer_layers_per_block": (None,),
+        "dropout": (0, 0.0),
+        "act_fn": ("silu",),
+        "mid_block_scale_factor": (1, 1.0),
+        "center_input_sample": (False,),
+        "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
     }
 
@@ -130,7 +162,10 @@ class VAEConfig(_JsonConfig):
 
     CLASS_NAME = "AutoencoderKL"
     INERT = {
-        "act_fn": ("silu",), "force_upcast": (True, False), "latents_mean": (None,), "latents_std": (None,),
+        "act_fn": ("silu",),
+        "force_upcast": (True, False),
+        "latents_mean": (None,),
+        "latents_std": (None,),
         "shift_factor": (None, 0.0),
     }
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import sdkernels
 import torch
 from torch import Tensor
 
+import sdkernels
 from sdkit.errors import NumericalError
 from sdkit.guidance import Guidance, combine, rescale
 

@@ -37,7 +37,9 @@ MODELS = Path(__file__).parent / "models"
 """The models that ship with us, each a diffusers folder."""
 
 Generators = torch.Generator | list[torch.Generator]
-StepCallback = Callable[["StableDiffusion", int, float, dict[str, Tensor]], "dict[str, Tensor] | Literal['stop'] | None"]
+StepCallback = Callable[
+    ["StableDiffusion", int, float, dict[str, Tensor]], "dict[str, Tensor] | Literal['stop'] | None"
+]
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,12 @@ class StableDiffusion:
         count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]  # one is there
         negatives = _negatives(negative_prompt, count)
         cond, uncond = encode_prompts(
-            self.tokenizer, self.text_encoder, prompts or [""] * count, negatives, clip_skip=clip_skip, weighted=weighted
+            self.tokenizer,
+            self.text_encoder,
+            prompts or [""] * count,
+            negatives,
+            clip_skip=clip_skip,
+            weighted=weighted,
         )
         cond = cond if prompt_embeds is None else prompt_embeds.to(cond)
         if negative_prompt_embeds is not None:
@@ -330,7 +337,9 @@ class StableDiffusion:
         def predict(x: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
             x = x.to(self.dtype)
             inputs = torch.cat([x] * len(contexts))
-            out = self.unet(inputs, plan.timesteps[k], None, context_kv, [projection[k : k + 1] for projection in times])
+            out = self.unet(
+                inputs, plan.timesteps[k], None, context_kv, [projection[k : k + 1] for projection in times]
+            )
             if uncond is not None and cond is not None:
                 unconditional, conditional = out.chunk(2)
                 return unconditional, conditional
@@ -404,7 +413,9 @@ def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, guidance
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     empty = not prompts or any(isinstance(p, str) and not p.strip() for p in prompts)  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
     if empty and guidance.needs_cond:
-        raise ConfigError("prompt: expected words, found an empty prompt (guidance_scale=0 makes a picture without one)")
+        raise ConfigError(
+            "prompt: expected words, found an empty prompt (guidance_scale=0 makes a picture without one)"
+        )
     return prompts
 
 

@@ -152,7 +152,7 @@ def make_plan(
     the lowest of the table. The step before the end goes to the next timestep in the list, always. Raises ConfigError.
     """
     spec = _check(sampler, num_inference_steps, schedule, sigmas, timestep_spacing, strength, eta, final_sigmas_type)
-    if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:
         raise ConfigError(f"steps_offset: expected an integer of at least 0, got {steps_offset!r}")
     times, levels = _points(spec, schedule, num_inference_steps, sigmas, timestep_spacing, steps_offset)
     clean = {"table": set_alpha_to_one, "sigma": final_sigmas_type == "zero", "clean": True}[spec.end]
@@ -190,7 +190,7 @@ def _check(
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     limit = schedule.num_train_timesteps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
         raise ConfigError(f"num_inference_steps: expected an integer from 1 to {limit}, got {steps!r}")
     choices = {
         "sigmas": (sigmas, (None, *grids.SIGMAS)),

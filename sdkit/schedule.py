@@ -99,7 +99,7 @@ class NoiseSchedule:
 def _betas(schedule: NoiseSchedule) -> Tensor:
     """The table before any rescaling, float64 [T]."""
     steps, start, end = schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:  # pyright: ignore[reportUnnecessaryIsInstance]  # comes from a file
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ConfigError(f"num_train_timesteps: expected an integer of at least 2, got {steps!r}")
     if schedule.trained_betas is not None:
         betas = torch.tensor(schedule.trained_betas, dtype=torch.float64)
@@ -155,7 +155,8 @@ _OF_CLASS: dict[str, dict[str, Any]] = {
 # Keys that may stand in any file as long as they ask for nothing; () means that no value of them asks for anything.
 _INERT: dict[str, tuple[Any, ...]] = {
     "clip_sample": (False,), "thresholding": (False,), "clip_sample_range": (), "sample_max_value": (),
-    "dynamic_thresholding_ratio": (), "skip_prk_steps": (), "set_alpha_to_one": (), "variance_type": (None, "fixed_small"),
+    "dynamic_thresholding_ratio": (), "skip_prk_steps": (), "set_alpha_to_one": (),
+    "variance_type": (None, "fixed_small"),
     "rescale_betas_zero_snr": (False,), "final_sigmas_type": ("zero",), "interpolation_type": ("linear",),
     "timestep_type": ("discrete",), "sigma_min": (None,), "sigma_max": (None,), "solver_order": (2,),
     "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",), "lower_order_final": (True,),

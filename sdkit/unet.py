@@ -27,7 +27,7 @@ Contexts = list[list[KeyValue]]
 """For each transformer of the UNet, in order, the keys and values of its cross-attentions."""
 
 
-def _transformer(config: UNetConfig, level: int, width: int) -> Transformer2DModel:
+def _transformer(config: UNetConfig, level: int, width: int, middle: bool = False) -> Transformer2DModel:
     """A transformer as the down block ``level`` has them."""
     heads = config.heads[level]
     if width % heads:
@@ -39,7 +39,7 @@ def _transformer(config: UNetConfig, level: int, width: int) -> Transformer2DMod
         context_width=config.per_block(config.cross_attention_dim)[level],
         groups=config.norm_num_groups,
         linear=config.use_linear_projection,
-        only_cross=config.per_block(config.only_cross_attention)[level],
+        only_cross=not middle and config.per_block(config.only_cross_attention)[level],
     )
 
 
@@ -52,7 +52,11 @@ class DownBlock(nn.Module):
         width, layers = widths[level], config.per_block(config.layers_per_block)[level]
         self.resnets = nn.ModuleList(
             ResnetBlock2D(
-                widths[max(level - 1, 0)] if j == 0 else width, width, config.norm_num_groups, config.norm_eps, time_width
+                widths[max(level - 1, 0)] if j == 0 else width,
+                width,
+                config.norm_num_groups,
+                config.norm_eps,
+                time_width,
             )
             for j in range(layers)
         )
@@ -79,7 +83,7 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig, time_width: int, attention: bool) -> None:
         super().__init__()
         width = config.block_out_channels[-1]
-        self.attentions = nn.ModuleList([_transformer(config, -1, width)] if attention else [])
+        self.attentions = nn.ModuleList([_transformer(config, -1, width, middle=True)] if attention else [])
         self.resnets = nn.ModuleList(
             ResnetBlock2D(width, width, config.norm_num_groups, config.norm_eps, time_width)
             for _ in range(2 if attention else 1)
@@ -104,7 +108,10 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock2D(
                 (below if j == 0 else width) + (skip_of_last if j == layers - 1 else width),
-                width, config.norm_num_groups, config.norm_eps, time_width,
+                width,
+                config.norm_num_groups,
+                config.norm_eps,
+                time_width,
             )
             for j in range(layers)
         )

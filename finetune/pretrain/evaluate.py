@@ -22,8 +22,18 @@ from finetune.pretrain.autoencoder import test_psnr
 from finetune.pretrain.clip import retrieval
 from finetune.pretrain.pictures import SIZE
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
-from finetune.pretrain.tabletop import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes
-from finetune.pretrain.tabletop import captions, pair_prompt, sample_scenes
+from finetune.pretrain.tabletop import (
+    COLORS,
+    HELD_OUT,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    TABLES,
+    Scenes,
+    captions,
+    pair_prompt,
+    sample_scenes,
+)
 from sdkit.image import grid
 from sdkit.pipeline import StableDiffusion
 
@@ -47,7 +57,12 @@ def draw(
     for start in tqdm(range(0, len(prompts), BATCH), leave=False, mininterval=5.0):
         part = list(prompts[start : start + BATCH])
         out = sd.text_to_image(
-            part, num_inference_steps=steps, guidance_scale=guidance, seed=seed + start, output_type="pt", progress=False
+            part,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed + start,
+            output_type="pt",
+            progress=False,
         )
         images: Tensor = out.images
         verdicts += look(probe, (images * 255).round() / 127.5 - 1)
@@ -116,9 +131,7 @@ def relation_right(
 def relation_prompts(count: int, sides: tuple[str, str]) -> tuple[list[Any], list[str], list[str]]:
     """Pairs of objects, sides and plain prompts that state them."""
     scenes = sample_scenes(count, PROMPT_SEED + 3, counts=(0.0, 1.0, 0.0))
-    pairs = [
-        tuple((COLORS[scenes.color[i, k]], SHAPES[scenes.shape[i, k]]) for k in range(2)) for i in range(count)
-    ]
+    pairs = [tuple((COLORS[scenes.color[i, k]], SHAPES[scenes.shape[i, k]]) for k in range(2)) for i in range(count)]
     chosen = [sides[i % 2] for i in range(count)]
     return pairs, chosen, [pair_prompt(a, b, side) for (a, b), side in zip(pairs, chosen, strict=True)]
 
@@ -156,7 +169,9 @@ def reconstruct_clip(model: Path) -> tuple[Any, Any]:
 
     tokenizer = load_tokenizer(model / "tokenizer")
     clip = build(tokenizer)
-    state = {k.removeprefix("text_model."): v for k, v in load_file(model / "text_encoder" / "model.safetensors").items()}
+    state = {
+        k.removeprefix("text_model."): v for k, v in load_file(model / "text_encoder" / "model.safetensors").items()
+    }
     clip.text_model.load_state_dict(state)
     image = load_file(model / "image_encoder" / "model.safetensors")
     clip.load_state_dict(clip.state_dict() | image)

@@ -26,8 +26,8 @@ from finetune.pretrain.tabletop import captions
 from finetune.pretrain.training import MovingAverage, Recipe, generator, save_atomically, train
 from sdkit.checkpoint import Components, save_folder
 from sdkit.config import UNetConfig
-from sdkit.guidance import Guidance
 from sdkit.denoise import denoise
+from sdkit.guidance import Guidance
 from sdkit.image import grid, to_pil
 from sdkit.plan import make_plan
 from sdkit.schedule import NoiseSchedule
@@ -67,19 +67,17 @@ PROMPTS = (
 
 
 @torch.no_grad()
-def latent_moments(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every picture's latents, scaled, float16 [N, 4, h, w]; kept on disk."""
+def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
+    """The posterior's mean of every picture, scaled, float16 [N, 4, h, w]; kept on disk."""
     file = folder / "latents.pt"
     if not file.exists():
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts: list[Tensor] = []
         for index in tqdm(torch.arange(len(pictures)).split(64), desc="encode", mininterval=5.0):
             with torch.autocast("cpu", torch.bfloat16):
-                posterior = vae.encode(pictures.pixels(index))
-            scale = vae.config.scaling_factor
-            parts.append(((posterior.mean.float() * scale).half(), (posterior.std.float() * scale).half()))
-        save_atomically([torch.cat(part) for part in zip(*parts, strict=True)], file)
-    mean, std = torch.load(file, weights_only=True)
-    return mean, std
+                mean = vae.encode(pictures.pixels(index)).mode()
+            parts.append((mean.float() * vae.config.scaling_factor).half())
+        save_atomically(torch.cat(parts), file)
+    return torch.load(file, weights_only=True)
 
 
 class TextConditioned(nn.Module):
@@ -121,7 +119,9 @@ def sample_sheet(model: TextConditioned, vae: AutoencoderKL, tokenizer: CLIPToke
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, sheets, results.")] = Path("build/tabletop"),
+    work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, sheets, results.")] = Path(
+        "build/tabletop"
+    ),
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 12_000,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
 ) -> None:
@@ -131,7 +131,7 @@ def main(
     vae = load_vae(work / "vae")
     folder = work / "unet"
     folder.mkdir(parents=True, exist_ok=True)
-    mean, std = latent_moments(vae, pictures, folder)
+    latents = encoded(vae, pictures, folder)
     tokenizer = load_tokenizer(work / "clip" / "tokenizer")
     anchor = load_text_encoder(work / "clip").eval().requires_grad_(False)
     model = TextConditioned(UNet2DConditionModel(CONFIG), copy.deepcopy(anchor).requires_grad_(True))
@@ -142,14 +142,14 @@ def main(
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = generator(6, step)
         index = torch.randint(len(pictures), (BATCH,), generator=rng)
-        noise = torch.randn(2, BATCH, *mean.shape[1:], generator=rng)
-        x0 = mean[index].float() + std[index].float() * noise[0]
+        x0 = latents[index].float()
+        noise = torch.randn(x0.shape, generator=rng)
         texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
         dropped = torch.rand(BATCH, generator=rng) < DROPOUT
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
         ids = tokenize(tokenizer, texts, length)
         t = torch.randint(schedule.num_train_timesteps, (BATCH,), generator=rng)
-        x_t, target = sdkernels.add_noise(x0, noise[1], t, alphas, "v_prediction")
+        x_t, target = sdkernels.add_noise(x0, noise, t, alphas, "v_prediction")
         with torch.autocast("cpu", torch.bfloat16):
             prediction, summary = model(x_t, t, ids)
             with torch.no_grad():
@@ -170,7 +170,12 @@ def main(
 
     recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=300, decay_from=0.5, ema_decay=0.999)
     average = train(
-        model, loss, recipe, folder, on_sample=sample, rates=lambda name: 0.5 if name.startswith("text_encoder") else 1.0
+        model,
+        loss,
+        recipe,
+        folder,
+        on_sample=sample,
+        rates=lambda name: 0.5 if name.startswith("text_encoder") else 1.0,
     )
     smooth = with_average(average)
     save_folder(

@@ -75,7 +75,9 @@ def matched_loss(out: dict[str, Tensor], scenes: Scenes) -> Tensor:
             logits = out[name][:, slot].float().transpose(1, 2)
             return F.cross_entropy(logits, target.clamp_min(0), reduction="none")
 
-        attributes = entropy("color", scenes.color) + entropy("size", scenes.size) + entropy("material", scenes.material)
+        attributes = (
+            entropy("color", scenes.color) + entropy("size", scenes.size) + entropy("material", scenes.material)
+        )
         place = (out["place"][:, slot].float() - scenes.position / PLACE_SCALE).square().sum(-1)
         costs.append((entropy("shape", shape) + present * (attributes + place)).sum(1))
     objects = torch.stack(costs).amin(0).mean()
@@ -107,7 +109,10 @@ def look(probe: Probe, pixels: Tensor) -> list[Verdict]:
             Verdict(
                 [{name: words[int(best[name].indices[s])] for name, words in names.items()} for s in slots],
                 [{name: float(best[name].values[s]) for name in names} for s in slots],
-                [(float(out["place"][b, s, 0]) * PLACE_SCALE, float(out["place"][b, s, 1]) * PLACE_SCALE) for s in slots],
+                [
+                    (float(out["place"][b, s, 0]) * PLACE_SCALE, float(out["place"][b, s, 1]) * PLACE_SCALE)
+                    for s in slots
+                ],
                 TABLES[int(out["table"][b].argmax())],
             )
         )

@@ -293,12 +293,9 @@ def shade(scenes: Scenes, objects: Objects, light: Tensor, hits: Hits, pixels: i
     fresnel = 0.05 + 0.7 * (1 - cosine) ** 4
     toward = dot(reflected, lamp)
     glint = lit * (2.2 * smoothstep(0.90, 0.965, toward) + 0.14 * toward.clamp_min(0) ** 12)
-    spot = unit(reflected.new_tensor([0.75, 0.45, -0.5])[:, None])
-    glint = glint + 0.40 * smoothstep(0.90, 0.96, dot(reflected, spot))
-    across = reflected[0] * torch.rsqrt(reflected[0] ** 2 + reflected[2] ** 2 + 1e-6)
-    tall = smoothstep(-0.8, -0.6, reflected[1]) * smoothstep(0.35, 0.1, reflected[1]) * (reflected[2] < 0.3)
-    glint = glint + 0.38 * smoothstep(-0.92, -0.96, across) * tall  # a tall lamp on the left, for upright faces
-    glossy = 0.80 * matte + open_sky * fresnel * (0.4 + 0.6 * albedo) * environment(reflected, table) + glint
+    window = reflected.new_tensor([0.75, 0.45, -0.5])[:, None]
+    glint = glint + 0.45 * smoothstep(0.90, 0.96, dot(reflected, unit(window)))
+    glossy = 0.84 * matte + open_sky * fresnel * environment(reflected, table) + glint
     return torch.where(objects.shiny[hits.obj] > 0, glossy, matte)
 
 

@@ -95,7 +95,9 @@ def add_noise(
         return x_t, a * noise - s * x0
     if prediction_type == "sample":
         return x_t, x0
-    raise ValueError(f'add_noise: prediction_type must be "epsilon", "v_prediction" or "sample", got {prediction_type!r}')
+    raise ValueError(
+        f'add_noise: prediction_type must be "epsilon", "v_prediction" or "sample", got {prediction_type!r}'
+    )
 
 
 def sampler_step(

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-import sdkernels
 import torch
 from torch import Tensor
 
+import sdkernels
 from sdkit.denoise import denoise
 from sdkit.errors import NumericalError
 from sdkit.guidance import Guidance, combine, rescale
@@ -131,7 +131,7 @@ def test_x0_estimate_is_exact_for_an_exact_network() -> None:
     for name in SAMPLERS:
         plan, estimates = make_plan(name, NoiseSchedule(), 5), list[Tensor]()
 
-        def predict(x: Tensor, k: int, plan=plan) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
+        def predict(x: Tensor, k: int, plan=plan) -> tuple[Tensor | None, Tensor | None]:
             signal, noise = (plan.levels[k] * plan.input_scale[k]).tolist()
             eps = (x - signal * clean) / noise
             return eps - 1, eps - 0.5  # uncond + 2 (cond - uncond) = eps
@@ -163,7 +163,7 @@ def test_half_precision_networks_keep_float32_latents(name: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_latents_are_an_error_that_names_the_call(bad: float) -> None:
     plan = make_plan("euler", NoiseSchedule(), 5)
-    with pytest.raises(NumericalError, match="after call 3 of 5 .timestep 599"):
+    with pytest.raises(NumericalError, match=r"after call 3 of 5 .timestep 599"):
         denoise(plan, lambda x, k: (None, x * (bad if k == 2 else 1)), plan.start(normal()), no_noise)
 
 

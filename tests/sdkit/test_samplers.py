@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_order_of_convergence(name: str, order: int) -> None:
         plan = make_plan(name, NoiseSchedule(), steps, sigmas="exponential", timestep_spacing="linspace")
         start = plan.start(normal(64))
         errors.append(float((trace(plan, start)[-2] - flow(plan, start, -2)).abs().max()))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert order - 0.25 < math.log2(coarse / fine) < order + 0.5, errors
 
 

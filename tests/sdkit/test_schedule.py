@@ -161,7 +161,7 @@ def test_what_is_not_built_is_named(change: dict[str, Any], named: str) -> None:
 
 
 def test_a_default_that_is_not_built_is_named() -> None:
-    with pytest.raises(ConfigError, match="clip_sample=True .the default of DDIMScheduler"):
+    with pytest.raises(ConfigError, match=r"clip_sample=True .the default of DDIMScheduler"):
         read_scheduler_config({"_class_name": "DDIMScheduler"})
 
 

@@ -1,0 +1,266 @@
+"""StableDiffusion: the whole way from prompt to picture, against diffusers' pipeline and against itself."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import sdkit
+from sdkit.checkpoint import Components
+from sdkit.errors import ConfigError, NumericalError
+from sdkit.image import read_parameters, write_png
+from sdkit.pipeline import StableDiffusion
+from sdkit.text import clip_tokenizer
+from tests.conftest import draw_weights, relative_error
+
+UNET = {
+    "sample_size": 8, "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 32,
+    "attention_head_dim": 4, "norm_num_groups": 8,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [16, 32, 32], "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3, "norm_num_groups": 8, "sample_size": 32,
+}  # fmt: skip
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def text_encoder() -> Any:
+    config = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    return draw_weights(CLIPTextModel(config)).eval()
+
+
+def model(scheduler: dict[str, Any] | None = None, prediction_type: str = "epsilon") -> StableDiffusion:
+    own = {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "trailing"}
+    config = (scheduler or own) | SCHEDULE | {"prediction_type": prediction_type}
+    unet = draw_weights(sdkit.UNet2DConditionModel.from_config(UNET))
+    vae = draw_weights(sdkit.AutoencoderKL.from_config(VAE))
+    return StableDiffusion(Components(unet.eval(), vae.eval(), text_encoder(), clip_tokenizer(), config))
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return model()
+
+
+SAMPLERS = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_latents_and_embeddings_give_diffusers_picture(sampler: str, prediction_type: str) -> None:
+    """The scheduler's own JSON says which plan is meant."""
+    kind, extra = SAMPLERS[sampler]
+    settings = SCHEDULE | extra | {"prediction_type": prediction_type, "timestep_spacing": "trailing"}
+    scheduler = kind(**settings)
+    config = {"_class_name": kind.__name__} | extra | {"timestep_spacing": "trailing"}
+    ours = model(config, prediction_type)
+    theirs = diffusers.StableDiffusionPipeline(
+        diffusers.AutoencoderKL(**VAE), text_encoder(), clip_tokenizer(), diffusers.UNet2DConditionModel(**UNET),
+        scheduler, None, None, requires_safety_checker=False,
+    )  # fmt: skip
+    theirs.unet.load_state_dict(ours.unet.state_dict())
+    theirs.vae.load_state_dict(ours.vae.state_dict())
+    theirs.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(1)
+    arguments = {
+        "prompt_embeds": torch.randn(1, 77, 32, generator=g), "negative_prompt_embeds": torch.randn(1, 77, 32, generator=g),
+        "latents": torch.randn(1, 4, 8, 12, generator=g), "height": 32, "width": 48, "guidance_scale": 4.0,
+        "guidance_rescale": 0.5, "num_inference_steps": 10,
+    }  # fmt: skip
+    out = ours.text_to_image(**arguments, generator=torch.Generator().manual_seed(2), output_type="pt", progress=False)
+    expected = theirs(**arguments, generator=torch.Generator().manual_seed(2), output_type="latent").images
+    picture = theirs(**arguments, generator=torch.Generator().manual_seed(2), output_type="pt").images
+    assert relative_error(out.latents, expected) < 1e-4
+    assert relative_error(out.images, picture) < 1e-4
+
+
+def test_text_goes_the_same_way_as_in_diffusers(sd: StableDiffusion) -> None:
+    theirs = diffusers.StableDiffusionPipeline(
+        diffusers.AutoencoderKL(**VAE), sd.text_encoder, sd.tokenizer, diffusers.UNet2DConditionModel(**UNET),
+        diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing"), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    theirs.unet.load_state_dict(sd.unet.state_dict())
+    theirs.set_progress_bar_config(disable=True)
+    arguments = {"prompt": ["a cat", "two dogs"], "negative_prompt": ["rain", ""], "num_inference_steps": 5}
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    out = sd.text_to_image(**arguments, latents=latents, output_type="latent", progress=False)
+    expected = theirs(**arguments, latents=latents, height=32, width=32, output_type="latent").images
+    assert relative_error(out.latents, expected) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_a_seed_gives_the_same_latents_in_every_batch(sd: StableDiffusion, sampler: str) -> None:
+    settings = {"num_inference_steps": 4, "sampler": sampler, "output_type": "latent", "progress": False}
+    four = sd.text_to_image("a cat", num_images_per_prompt=4, seed=10, **settings)
+    assert four.seeds == [10, 11, 12, 13]
+    for i in range(4):
+        one = sd.text_to_image("a cat", seed=10 + i, **settings)
+        assert relative_error(four.latents[i : i + 1], one.latents) < 1e-5
+    listed = sd.text_to_image("a cat", num_images_per_prompt=2, seed=[13, 10], **settings)
+    assert relative_error(listed.latents, four.latents[[3, 0]]) < 1e-5
+    assert relative_error(four.latents[:1], four.latents[1:2]) > 0.1
+
+
+def test_no_seed_draws_a_new_one_and_tells_it(sd: StableDiffusion) -> None:
+    settings = {"num_inference_steps": 2, "output_type": "latent", "progress": False}
+    first, second = sd.text_to_image("a cat", **settings), sd.text_to_image("a cat", **settings)
+    assert first.seeds != second.seeds
+    assert torch.equal(sd.text_to_image("a cat", seed=first.seeds, **settings).latents, first.latents)
+
+
+def test_generators_are_honoured_as_in_diffusers(sd: StableDiffusion) -> None:
+    settings = {"num_inference_steps": 2, "output_type": "latent", "progress": False}
+    one = sd.text_to_image("a cat", num_images_per_prompt=2, generator=torch.Generator().manual_seed(4), **settings)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(
+        one.latents, sd.text_to_image("a cat", num_images_per_prompt=2, latents=latents, **settings).latents
+    )
+    several = [torch.Generator().manual_seed(s) for s in (5, 6)]
+    out = sd.text_to_image("a cat", num_images_per_prompt=2, generator=several, **settings)
+    assert torch.equal(out.latents, sd.text_to_image("a cat", num_images_per_prompt=2, seed=5, **settings).latents)
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(0.0, 1), (0.5, 2), (1.0, 1), (3.0, 2)])
+def test_scales_0_and_1_skip_a_pass(sd: StableDiffusion, scale: float, rows: int) -> None:
+    seen: list[int] = []
+    handle = sd.unet.conv_in.register_forward_hook(lambda _module, inputs, _out: seen.append(len(inputs[0])))
+    sd.text_to_image("a cat", guidance_scale=scale, num_inference_steps=2, output_type="latent", progress=False)
+    handle.remove()
+    assert seen == [rows, rows]
+
+
+def test_scale_0_ignores_the_prompt_and_scale_between_interpolates(sd: StableDiffusion) -> None:
+    settings = {"num_inference_steps": 1, "seed": 1, "output_type": "latent", "progress": False}
+
+    def latents(prompt: str, scale: float) -> torch.Tensor:
+        return sd.text_to_image(prompt, guidance_scale=scale, **settings).latents
+
+    assert torch.equal(latents("a cat", 0.0), latents("seven dogs", 0.0))
+    middle = 0.25 * latents("a cat", 1.0) + 0.75 * latents("a cat", 0.0)  # one step is linear in the prediction
+    assert relative_error(latents("a cat", 0.25), middle) < 1e-5
+
+
+def test_metadata_makes_the_picture_again(sd: StableDiffusion, tmp_path: Path) -> None:
+    out = sd.text_to_image(
+        "a (cat:1.2)", "rain", num_inference_steps=3, sampler="euler_a", sigmas="karras", guidance_rescale=0.3, seed=5,
+        width=48, height=32, clip_skip=1, progress=False,
+    )  # fmt: skip
+    write_png(out.images[0], tmp_path / "a.png", out.images[0].info)
+    facts = read_parameters(tmp_path / "a.png")
+    arguments = {k: v for k, v in facts.items() if k not in ("dtype", "version")}
+    again = sd.text_to_image(**arguments, progress=False)
+    assert again.images[0].size == (48, 32)
+    assert again.images[0].tobytes() == out.images[0].tobytes()
+
+
+def test_the_callback_sees_every_step_and_may_replace_or_stop(sd: StableDiffusion) -> None:
+    settings = {"num_inference_steps": 4, "seed": 1, "output_type": "latent", "progress": False}
+    steps: list[tuple[int, float]] = []
+
+    def watch(pipe: StableDiffusion, k: int, t: float, state: dict[str, torch.Tensor]) -> None:
+        assert pipe is sd and state["latents"].shape == (1, 4, 8, 8)
+        steps.append((k, t))
+
+    sd.text_to_image("a cat", callback_on_step_end=watch, **settings)
+    assert steps == [(0, 999), (1, 749), (2, 499), (3, 249)]
+
+    def zero(_pipe: Any, k: int, _t: float, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"latents": state["latents"] * 0} if k == 3 else {}
+
+    assert not sd.text_to_image("a cat", callback_on_step_end=zero, **settings).latents.any()
+    partial = sd.text_to_image("a cat", callback_on_step_end=lambda *a: "stop" if a[1] == 1 else None, **settings)
+    assert relative_error(partial.latents, sd.text_to_image("a cat", **settings).latents) > 0.05
+
+
+@pytest.mark.parametrize(("mode", "size"), [("decode", (32, 32)), ("fast", (8, 8))])
+def test_previews(sd: StableDiffusion, mode: Any, size: tuple[int, int]) -> None:
+    out = sd.text_to_image(
+        "a cat", num_inference_steps=5, preview_every=2, preview_mode=mode, num_images_per_prompt=2, progress=False
+    )
+    assert [p.step for p in out.previews] == [0, 2, 4]
+    assert all(len(p.images) == 2 and p.images[0].size == size for p in out.previews)
+
+
+def test_latents_that_blow_up_are_an_error_that_names_the_stage() -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.unet.conv_out.weight.fill_(float("inf"))
+    with pytest.raises(NumericalError, match="denoising: latents are not finite after call 1 of 3"):
+        broken.text_to_image("a cat", num_inference_steps=3, progress=False)
+    broken = model()
+    with torch.no_grad():
+        broken.vae.decoder.conv_out.weight.fill_(float("nan"))
+    with pytest.raises(NumericalError, match="VAE decoder"):
+        broken.text_to_image("a cat", num_inference_steps=3, progress=False)
+
+
+def test_a_float16_vae_that_overflows_decodes_again_in_float32() -> None:
+    sd = model()
+    sd.vae.half()
+    with torch.no_grad():  # far outside float16 between the last two layers of the block
+        sd.vae.decoder.conv_in.weight.mul_(1e4)
+        sd.vae.decoder.conv_in.bias.mul_(1e4)
+    with pytest.warns(UserWarning, match="overflowed in float16"):
+        out = sd.text_to_image("a cat", num_inference_steps=2, seed=1, output_type="pt", progress=False)
+    assert out.images.isfinite().all() and sd.vae.dtype == torch.float16
+    sd.vae.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = sd.text_to_image("a cat", num_inference_steps=2, seed=1, output_type="pt", progress=False)
+    assert relative_error(out.images, expected.images) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": " "}, "prompt: expected words, found an empty prompt"),
+        ({"prompt": None}, "prompt, prompt_embeds: expected exactly one"),
+        ({"width": 13}, "width 13 is not a positive multiple of 4: use 12 or 16"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"sampler": "magic"}, "sampler: expected one of"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"seed": [1, 2]}, "seed: expected one or 1"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed, generator"),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, "latents: expected the shape"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
+        ({"output_type": "np"}, "output_type"),
+        ({"preview_every": -1}, "preview_every"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta"),
+    ],
+)
+def test_bad_arguments_are_named(sd: StableDiffusion, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sd.text_to_image(**({"prompt": "a cat", "num_inference_steps": 2, "progress": False} | arguments))
+
+
+def test_an_inpainting_model_is_not_taken_for_a_plain_one() -> None:
+    sd = model()
+    sd.components.unet = sdkit.UNet2DConditionModel.from_config(UNET | {"in_channels": 9})
+    with pytest.raises(ConfigError, match="expected a UNet of 4 input channels, this one has 9"):
+        sd.text_to_image("a cat", progress=False)
+
+
+def test_folder_and_single_file_round_trips_give_the_same_picture(sd: StableDiffusion, tmp_path: Path) -> None:
+    settings = {"num_inference_steps": 2, "seed": 1, "output_type": "latent", "progress": False}
+    expected = sd.text_to_image("a cat", **settings).latents
+    sd.save_pretrained(tmp_path / "folder")
+    sd.save_single_file(tmp_path / "file.safetensors")
+    folder = StableDiffusion.from_pretrained(tmp_path / "folder", device="cpu")
+    assert torch.equal(folder.text_to_image("a cat", **settings).latents, expected)
+    single = StableDiffusion.from_single_file(tmp_path / "file.safetensors", device="cpu")
+    assert torch.equal(single.text_to_image("a cat", **settings).latents, expected)

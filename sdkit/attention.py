@@ -7,6 +7,7 @@ handed to ``forward``, so that a sampling loop computes it once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -106,7 +107,8 @@ class Transformer2DModel(nn.Module):
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Keys and values for every attention over the context [B, M, context_width], in order."""
-        return [kv for block in self.transformer_blocks for kv in block.project_context(context)]
+        blocks: Any = self.transformer_blocks
+        return [kv for block in blocks for kv in block.project_context(context)]
 
     def forward(self, x: Tensor, contexts: Sequence[KeyValue]) -> Tensor:
         """x [B, C, H, W]; contexts from ``project_context`` -> [B, C, H, W]."""

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -138,7 +138,7 @@ def _existing(path: str | Path) -> Path:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Generator[None]:
     """Turn what torch and safetensors raise on a bad file into a CheckpointError."""
     try:
         yield
@@ -365,7 +365,7 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype | N
 
 def text_config(model: CLIPTextModel) -> dict[str, Any]:
     """The text encoder's config.json."""
-    values = cast("dict[str, Any]", model.config.to_diff_dict())
+    values = model.config.to_diff_dict()
     return {"architectures": ["CLIPTextModel"]} | {k: v for k, v in values.items() if k != "transformers_version"}
 
 
@@ -399,7 +399,7 @@ def _write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
+def _new_folder(path: Path) -> Generator[Path]:
     """A temporary folder beside ``path`` that becomes ``path`` at the end, or is removed after an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -509,7 +509,7 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
         index, unet = _read_config(folder, "model_index.json"), _read_config(folder / "unet")
         width, channels = unet.get("cross_attention_dim"), unet.get("in_channels", 4)
         parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1:] != [None]}
-        version = MODELS.get((width, channels), f"context width {width}")
+        version = MODELS.get((int(width or 0), int(channels)), f"context width {width}")
         return {"kind": "diffusers folder", "version": version, "pipeline": index.get("_class_name"), "parts": parts}
     if (folder / "adapter_config.json").is_file():
         facts = inspect_file(folder / "adapter_model.safetensors")

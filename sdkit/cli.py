@@ -229,7 +229,7 @@ def _load(model: str, device: str | None, dtype: Precision | None, backend: str 
     """A shipped model, a diffusers folder or a single file."""
     from sdkit.pipeline import StableDiffusion
 
-    options = {"device": _device(device), "dtype": _dtype(dtype), "backend": backend}
+    options: dict[str, Any] = {"device": _device(device), "dtype": _dtype(dtype), "backend": backend}
     single_file = Path(model).suffix.lower() in WEIGHTS and not Path(model).is_dir()
     load = StableDiffusion.from_single_file if single_file else StableDiffusion.from_pretrained
     return load(model, **options)

@@ -23,9 +23,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ConfigError(f"guidance_scale: expected a finite number of at least 0, got {self.scale}")
+            raise ConfigError(f"guidance_scale: expected a finite number of at least 0, found {self.scale}")
         if not 0 <= self.rescale <= 1:
-            raise ConfigError(f"guidance_rescale: expected a number from 0 to 1, got {self.rescale}")
+            raise ConfigError(f"guidance_rescale: expected a number from 0 to 1, found {self.rescale}")
 
     @property
     def needs_uncond(self) -> bool:
@@ -43,7 +43,7 @@ def combine(uncond: Tensor | None, cond: Tensor | None, scale: float) -> Tensor:
     if uncond is None or cond is None:
         only = cond if uncond is None else uncond
         if only is None:
-            raise ConfigError("guidance: needs a prediction, conditional or unconditional; got neither")
+            raise ConfigError("guidance: needs a prediction, conditional or unconditional; found neither")
         return only
     return uncond + scale * (cond - uncond)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -264,13 +264,13 @@ class StableDiffusion:
     ) -> Plan:
         """``sdkit.make_plan`` with this model's schedule; None stands for the model's own setting."""
         given = {"sampler": sampler, "sigmas": sigmas, "timestep_spacing": timestep_spacing}
-        arguments = self.plan_defaults | {k: v for k, v in given.items() if v is not None}
+        arguments: dict[str, Any] = self.plan_defaults | {k: v for k, v in given.items() if v is not None}
         return make_plan(
             schedule=self.schedule, num_inference_steps=num_inference_steps, eta=eta, strength=strength, **arguments
         )
 
     @contextlib.contextmanager
-    def _backend(self) -> Iterator[None]:
+    def _backend(self) -> Generator[None]:
         """The kernels that this model was asked to use."""
         try:
             context = contextlib.nullcontext() if self.backend is None else sdkernels.backend(self.backend)
@@ -284,7 +284,8 @@ class StableDiffusion:
         own = self.unet.config.sample_size or 64
         rows, columns = own if isinstance(own, tuple) else (own, own)
         factor = self.vae.config.factor
-        height, width = height or rows * factor, width or columns * factor
+        height = rows * factor if height is None else height
+        width = columns * factor if width is None else width
         check_size(width, height, factor)
         channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
         if channels != latent:
@@ -322,7 +323,7 @@ class StableDiffusion:
         assert uncond is not None
         if cond.shape != uncond.shape and guidance.needs_cond and guidance.needs_uncond:
             raise ConfigError(
-                f"negative_prompt_embeds: expected the shape of prompt_embeds, {list(cond.shape)}, found {list(uncond.shape)}"
+                f"negative_prompt_embeds: expected the prompt's shape {list(cond.shape)}, found {list(uncond.shape)}"
             )
         return cond if guidance.needs_cond else None, uncond if guidance.needs_uncond else None
 

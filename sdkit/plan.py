@@ -52,7 +52,7 @@ class Plan:
         if self.init_image_scale == 0:
             return self.init_scale * noise
         if x0 is None:
-            raise ConfigError("x0: a plan with strength below 1 starts from clean latents, got none")
+            raise ConfigError("x0: a plan with strength below 1 starts from clean latents, found none")
         return self.init_scale * noise + self.init_image_scale * x0.to(noise)
 
     def denoised(self, k: int, latents: Tensor, prediction: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Plan:
         """The inverse of `to_dict`. Raises ConfigError when a field is missing or unknown."""
         if set(values) != {f.name for f in fields(cls)}:
             raise ConfigError(
-                f"plan: expected the fields {', '.join(f.name for f in fields(cls))}, got {sorted(values)}"
+                f"plan: expected the fields {', '.join(f.name for f in fields(cls))}, found {sorted(values)}"
             )
         empty = {"coefficients": (0, 1, 3), "x0": (0, 2)}  # JSON keeps no shape of a plan with no calls
         tensors: dict[str, Tensor] = {}
@@ -127,7 +127,8 @@ class Plan:
             if isinstance(value, list):
                 tensor = torch.tensor(value, dtype=torch.bool if name == "draws_noise" else torch.float64)
                 tensors[name] = tensor if value else tensor.reshape(empty.get(name, (0,)))
-        return cls(**(values | tensors))
+        given: dict[str, Any] = values | tensors
+        return cls(**given)
 
 
 def make_plan(
@@ -153,7 +154,7 @@ def make_plan(
     """
     spec = _check(sampler, num_inference_steps, schedule, sigmas, timestep_spacing, strength, eta, final_sigmas_type)
     if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:
-        raise ConfigError(f"steps_offset: expected an integer of at least 0, got {steps_offset!r}")
+        raise ConfigError(f"steps_offset: expected an integer of at least 0, found {steps_offset!r}")
     times, levels = _points(spec, schedule, num_inference_steps, sigmas, timestep_spacing, steps_offset)
     clean = {"table": set_alpha_to_one, "sigma": final_sigmas_type == "zero", "clean": True}[spec.end]
     levels.append(Level(1.0, 0.0) if clean else _level(schedule.alphas_cumprod.numpy()[0]))
@@ -188,10 +189,10 @@ def _check(
     final: str,
 ) -> Sampler:  # fmt: skip
     if sampler not in SAMPLERS:
-        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
     limit = schedule.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
-        raise ConfigError(f"num_inference_steps: expected an integer from 1 to {limit}, got {steps!r}")
+        raise ConfigError(f"num_inference_steps: expected an integer from 1 to {limit}, found {steps!r}")
     choices = {
         "sigmas": (sigmas, (None, *grids.SIGMAS)),
         "timestep_spacing": (spacing, grids.SPACINGS),
@@ -199,13 +200,13 @@ def _check(
     }
     for name, (value, known) in choices.items():
         if value not in known:
-            raise ConfigError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
+            raise ConfigError(f"{name}: expected one of {', '.join(map(str, known))}, found {value!r}")
     for name, value in (("strength", strength), ("eta", eta)):
         if not 0 <= value <= 1:
-            raise ConfigError(f"{name}: expected a number from 0 to 1, got {value!r}")
+            raise ConfigError(f"{name}: expected a number from 0 to 1, found {value!r}")
     if eta > 0 and not SAMPLERS[sampler].takes_eta:
         takers = ", ".join(name for name, spec in SAMPLERS.items() if spec.takes_eta)
-        raise ConfigError(f"eta: {sampler} takes none, got {eta!r}; these do: {takers}")
+        raise ConfigError(f"eta: {sampler} takes none, found {eta!r}; these do: {takers}")
     return SAMPLERS[sampler]
 
 

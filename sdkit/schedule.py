@@ -40,7 +40,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ConfigError(
-                f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {self.prediction_type!r}"
+                f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, found {self.prediction_type!r}"
             )
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
@@ -79,16 +79,16 @@ class NoiseSchedule:
     def _at(self, t: int | Tensor) -> Tensor:
         index = torch.as_tensor(t)
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise ConfigError(f"timesteps: expected integers, got {index.dtype}")
+            raise ConfigError(f"timesteps: expected integers, found {index.dtype}")
         last = self.num_train_timesteps - 1
         if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= last:
-            raise ConfigError(f"timesteps: expected 0 to {last}, got {int(index.min())} to {int(index.max())}")
+            raise ConfigError(f"timesteps: expected 0 to {last}, found {int(index.min())} to {int(index.max())}")
         return self.alphas_cumprod.to(index.device)[index.long()]
 
     def _mix(self, x0: Tensor, noise: Tensor, t: int | Tensor, velocity: bool) -> Tensor:
         acp = self._at(t).to(x0.device)
         if acp.dim() > 1 or (acp.dim() == 1 and acp.numel() not in (1, x0.shape[0])):
-            raise ConfigError(f"timesteps: expected one, or one for each of {x0.shape[0]} rows, got {list(acp.shape)}")
+            raise ConfigError(f"timesteps: expected 1 or {x0.shape[0]}, one for each row, found {list(acp.shape)}")
         work = torch.promote_types(x0.dtype, torch.float32)
         acp = acp.reshape(-1, *(1,) * (x0.dim() - 1)) if x0.dim() else acp.reshape(())
         signal, sigma = acp.sqrt().to(work), (1 - acp).sqrt().to(work)
@@ -100,14 +100,14 @@ def _betas(schedule: NoiseSchedule) -> Tensor:
     """The table before any rescaling, float64 [T]."""
     steps, start, end = schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ConfigError(f"num_train_timesteps: expected an integer of at least 2, got {steps!r}")
+        raise ConfigError(f"num_train_timesteps: expected an integer of at least 2, found {steps!r}")
     if schedule.trained_betas is not None:
         betas = torch.tensor(schedule.trained_betas, dtype=torch.float64)
         if betas.shape != (steps,) or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ConfigError(f"trained_betas: expected {steps} numbers between 0 and 1, got {betas.numel()} numbers")
+            raise ConfigError(f"trained_betas: expected {steps} numbers between 0 and 1, found {betas.numel()} numbers")
         return betas
     if not (0 < start < 1 and 0 < end < 1):
-        raise ConfigError(f"beta_start, beta_end: expected numbers between 0 and 1, got {start!r} and {end!r}")
+        raise ConfigError(f"beta_start, beta_end: expected numbers between 0 and 1, found {start!r} and {end!r}")
     if schedule.beta_schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if schedule.beta_schedule == "scaled_linear":
@@ -116,7 +116,7 @@ def _betas(schedule: NoiseSchedule) -> Tensor:
         angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
         acp = angle.cos() ** 2
         return (1 - acp[1:] / acp[:-1]).clamp(max=0.999)
-    raise ConfigError(f"beta_schedule: expected one of {', '.join(BETA_SCHEDULES)}, got {schedule.beta_schedule!r}")
+    raise ConfigError(f"beta_schedule: expected one of {', '.join(BETA_SCHEDULES)}, found {schedule.beta_schedule!r}")
 
 
 # PNDM is not built: its files load with "ddim", which takes the same timesteps and ends at the same level.
@@ -178,9 +178,9 @@ def read_scheduler_config(values: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
     own spacing, offset and end. Raises ConfigError for an unknown class, and for each key that asks for something
     not built, by name (clipping and thresholding of x0 among them).
     """
-    name = values.get("_class_name")
+    name = str(values.get("_class_name"))
     if name not in CLASS_TO_SAMPLER:
-        raise ConfigError(f"scheduler config: expected _class_name one of {', '.join(CLASS_TO_SAMPLER)}, got {name!r}")
+        raise ConfigError(f"scheduler config: expected _class_name in {', '.join(CLASS_TO_SAMPLER)}, found {name!r}")
     own = _COMMON | _OF_CLASS[name]
     merged = own | {key: value for key, value in values.items() if key not in BOOKKEEPING}
     unsupported = [
@@ -192,7 +192,7 @@ def read_scheduler_config(values: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
         raise ConfigError(f"{name} config: unsupported {', '.join(sorted(unsupported))}")
     spaced = [kind for kind in _SPACINGS_OF_SIGMA if merged.get(f"use_{kind}_sigmas")]
     if len(spaced) > 1:
-        raise ConfigError(f"{name} config: at most one spacing of sigmas, got {' and '.join(spaced)}")
+        raise ConfigError(f"{name} config: at most one spacing of sigmas, found {' and '.join(spaced)}")
     schedule = NoiseSchedule(**{key: merged[key] for key in _SCHEDULE_KEYS if key in merged})
     defaults: dict[str, Any] = {
         "sampler": CLASS_TO_SAMPLER[name],

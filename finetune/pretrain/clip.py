@@ -1,8 +1,8 @@
 """Train the text encoder by contrast with pictures (CLIP, arXiv 2103.00020): ``python -m finetune.pretrain.clip``.
 
-A small byte-pair vocabulary is learned from captions and saved as a CLIP tokenizer. Later half of each batch are pairs of
-scenes that differ in one thing, so that telling them apart needs who is which colour and who stands where. The text
-projection is the identity: the text's embedding is the final hidden state at its end token.
+A small byte-pair vocabulary is learned from captions and saved as a CLIP tokenizer. In the later part, half of each
+batch are pairs of scenes that differ in one thing, so that telling them apart needs who is which colour and who stands
+where. The text projection is the identity: the text's embedding is the final hidden state at its end token.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def main(
     model.eval()
     write_state(text_state_dict(model.text_model), folder / "text_encoder.safetensors", torch.float16)
     (folder / "text_encoder.json").write_text(json.dumps(text_config(model.text_model), indent=2) + "\n")
-    vision = CLIPVisionModelWithProjection(model.config.vision_config)
+    vision = CLIPVisionModelWithProjection(model.vision_model.config)
     vision.vision_model.load_state_dict(model.vision_model.state_dict())
     vision.visual_projection.load_state_dict(model.visual_projection.state_dict())
     vision.half().save_pretrained(folder / "image_encoder")

@@ -40,7 +40,8 @@ from sdkit.pipeline import StableDiffusion
 PROMPT_SEED = 2_000_001
 BATCH = 50
 GRID = (
-    "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone", "a white sphere on a black table",
+    "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone",
+    "a white sphere on a black table",
     "a large shiny orange cube on a wooden table", "a small matte cyan ball on a white table",
     "a red cube and a blue sphere", "a green cone and a yellow torus", "a white cylinder behind a purple sphere",
     "a cyan torus to the left of a red cone", "an orange sphere in front of a green cylinder",

@@ -36,13 +36,13 @@ from sdkit.unet import UNet2DConditionModel
 from sdkit.vae import AutoencoderKL
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 CONFIG = UNetConfig(
     sample_size=SIZE // 4,
     block_out_channels=(64, 128, 160),
-    down_block_types=("CrossAttnDownBlock2D",) * 3,
-    up_block_types=("CrossAttnUpBlock2D",) * 3,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     layers_per_block=1,
     attention_head_dim=(2, 4, 5),
     norm_num_groups=16,
@@ -83,10 +83,10 @@ def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
 class TextConditioned(nn.Module):
     """What is trained together."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: nn.Module) -> None:
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.unet = unet
-        self.text_encoder = text_encoder
+        self.text_encoder: Any = text_encoder
 
     def forward(self, sample: Tensor, timestep: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction, and the text's pooled output."""
@@ -134,6 +134,7 @@ def main(
     latents = encoded(vae, pictures, folder)
     tokenizer = load_tokenizer(work / "clip" / "tokenizer")
     anchor = load_text_encoder(work / "clip").eval().requires_grad_(False)
+    anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
     model = TextConditioned(UNet2DConditionModel(CONFIG), copy.deepcopy(anchor).requires_grad_(True))
     schedule = NoiseSchedule(prediction_type="v_prediction")
     alphas = schedule.alphas_cumprod.float()

@@ -57,7 +57,7 @@ class Probe(nn.Module):
         self.table = nn.Linear(WIDTH, len(TABLES))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """{"shape": [B, 3, 6], "color": [B, 3, 8], "size", "material": [B, 3, 2], "place": [B, 3, 2], "table": [B, 4]}."""
+        """Logits: shape [B, 3, 6], color [B, 3, 8], size and material [B, 3, 2], table [B, 4]; place [B, 3, 2]."""
         cells = self.stages(self.stem(x)).flatten(2).transpose(1, 2) + self.position
         slots = self.decoder(self.queries.expand(len(x), -1, -1), cells)
         return {name: head(slots) for name, head in self.heads.items()} | {"table": self.table(cells.mean(1))}

@@ -63,7 +63,8 @@ class MovingAverage:
 
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in module.parameters()], 1 - decay)
+        for value, parameter in zip(self.values, module.parameters(), strict=True):
+            value.lerp_(parameter.detach(), 1 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         with torch.no_grad():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -37,7 +37,7 @@ def current() -> str:
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> Generator[None]:
     """Use the backend ``name`` inside the block. Raises ValueError for an unknown name."""
     global _current
     before, _current = _current, _checked(name)

@@ -75,7 +75,8 @@ def test_same_latents_and_embeddings_give_diffusers_picture(sampler: str, predic
     theirs.set_progress_bar_config(disable=True)
     g = torch.Generator().manual_seed(1)
     arguments = {
-        "prompt_embeds": torch.randn(1, 77, 32, generator=g), "negative_prompt_embeds": torch.randn(1, 77, 32, generator=g),
+        "prompt_embeds": torch.randn(1, 77, 32, generator=g),
+        "negative_prompt_embeds": torch.randn(1, 77, 32, generator=g),
         "latents": torch.randn(1, 4, 8, 12, generator=g), "height": 32, "width": 48, "guidance_scale": 4.0,
         "guidance_rescale": 0.5, "num_inference_steps": 10,
     }  # fmt: skip

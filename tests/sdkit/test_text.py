@@ -304,7 +304,8 @@ def test_written_names_are_those_of_the_format(tmp_path: Path, encoder: CLIPText
     assert set(state) == set(reference) - {"text_projection.weight"}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(SD1 | {"torch_dtype": "float64"}))
-    again, info = CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    loaded: Any = CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    again, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.tensor([ASTRONAUT_IDS])
     assert torch.equal(again.double()(ids).last_hidden_state, encoder(ids).last_hidden_state)

@@ -73,7 +73,7 @@ def save(components: Components, path: str | Path, *, dtype: torch.dtype | None 
     """Save as a single file when ``path`` ends in .safetensors, else as a diffusers folder."""
     from sdkit.single_file import save_single_file
 
-    (save_single_file if Path(path).suffix == ".safetensors" else save_folder)(components, path, dtype=dtype)
+    (save_single_file if Path(path).suffix.lower() == ".safetensors" else save_folder)(components, path, dtype=dtype)
 
 
 # ---- weight files ----------------------------------------------------------------------------------------------------
@@ -93,6 +93,8 @@ def read_state(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict
             return {key: _cast(file.get_tensor(key), dtype) for key in file.keys()}, metadata  # noqa: SIM118
     content = _read_pickle(path, "cpu")
     content = content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dict of tensors under state_dict, found {type(content).__name__}")
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors or len(tensors) < len(content):
         found = next((f"{k!r} is a {type(v).__name__}" for k, v in content.items() if k not in tensors), "it is empty")
@@ -108,6 +110,8 @@ def write_state(
 ) -> None:
     """Write a safetensors file, under a temporary name first. Raises CheckpointError when it cannot be written."""
     path = Path(path).absolute()
+    if not path.name:
+        raise CheckpointError(f"{path}: cannot be written (it is a folder)")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {key: _cast(value.detach(), dtype).cpu().contiguous() for key, value in state.items()}
     try:
@@ -152,12 +156,13 @@ def _is_safetensors(path: Path) -> bool:
     """By content: eight bytes of length, then a JSON object. A file that is neither this nor a pickle is refused."""
     with _reading(path), path.open("rb") as file:
         start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself")
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return True
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return False
-    hint = "a Git LFS pointer, not the file itself" if start.startswith(b"version https://git-lfs") else "neither"
-    raise CheckpointError(f"{path}: expected safetensors or a torch checkpoint, found {hint}")
+    raise CheckpointError(f"{path}: expected safetensors or a torch checkpoint, found neither")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -206,7 +211,7 @@ def build_networks(
             vae_model = AutoencoderKL.from_config(vae)
             part = "text_encoder"
             return unet_model, vae_model, build_text_encoder(text_encoder)
-    except (ConfigError, TypeError, ValueError, RuntimeError) as error:
+    except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise CheckpointError(f"{where}: {part}: {_reason(error)}") from None
 
 
@@ -407,6 +412,8 @@ def _new_folder(path: Path) -> Generator[Path]:
         temporary.mkdir()
         yield temporary
         if path.exists():
+            for stale in ("tokenizer.json", "added_tokens.json"):  # these would win over the files that we write
+                (path / "tokenizer" / stale).unlink(missing_ok=True)
             files = [f for f in temporary.rglob("*") if f.is_file()]
             for file in sorted(files, key=lambda f: f.name == "model_index.json"):
                 target = path / file.relative_to(temporary)
@@ -459,7 +466,8 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
     _existing(path)
     if _is_safetensors(path):
         header, metadata = _read_header(path)
-        entries = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+        with _reading(path):
+            entries = {k: (str(e["dtype"]), tuple(int(n) for n in e["shape"])) for k, e in header.items()}
     else:
         content = _read_pickle(path, "meta")
         entries = {

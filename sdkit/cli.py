@@ -39,7 +39,7 @@ STRIP_FRAMES = 8
 # What of a picture's metadata is passed to text_to_image again.
 ARGUMENTS = (
     "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale",
-    "seed", "sampler", "sigmas", "timestep_spacing", "eta", "clip_skip",
+    "seed", "sampler", "sigmas", "timestep_spacing", "eta", "clip_skip", "prompt_weighting",
 )  # fmt: skip
 
 
@@ -53,6 +53,10 @@ ModelOption = Annotated[str, typer.Option(help="A model that ships with sdkit, a
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")]
 DtypeOption = Annotated[Precision | None, typer.Option(help="Precision of the networks.")]
 BackendOption = Annotated[str | None, typer.Option(help="Kernels: auto, triton or eager.")]
+PredictionOption = Annotated[
+    str | None,
+    typer.Option(help="What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample."),
+]
 ProgressOption = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 
@@ -116,11 +120,12 @@ def txt2img(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     backend: BackendOption = None,
+    prediction: PredictionOption = None,
     progress: ProgressOption = True,
 ) -> None:
     """Make pictures from a prompt."""
     paths = _destinations(out, num)
-    sd = _load(model, device, dtype, backend)
+    sd = _load(model, device, dtype, backend, prediction)
     arguments = {
         "prompt": prompt, "negative_prompt": negative, "height": height, "width": width, "num_inference_steps": steps,
         "guidance_scale": guidance, "guidance_rescale": rescale, "seed": seed, "sampler": sampler, "sigmas": sigmas,
@@ -225,12 +230,18 @@ def _check_writable(path: Path, is_folder: bool) -> None:
         raise ConfigError(f"{path}: cannot be written: {folder}: {reason}") from None
 
 
-def _load(model: str, device: str | None, dtype: Precision | None, backend: str | None) -> StableDiffusion:
+def _load(
+    model: str, device: str | None, dtype: Precision | None, backend: str | None, prediction: str | None = None
+) -> StableDiffusion:
     """A shipped model, a diffusers folder or a single file."""
     from sdkit.pipeline import StableDiffusion
 
     options: dict[str, Any] = {"device": _device(device), "dtype": _dtype(dtype), "backend": backend}
     single_file = Path(model).suffix.lower() in WEIGHTS and not Path(model).is_dir()
+    if prediction is not None:
+        if not single_file:
+            raise ConfigError(f"--prediction: only for single files; {model} says it itself")
+        options["prediction_type"] = prediction
     load = StableDiffusion.from_single_file if single_file else StableDiffusion.from_pretrained
     return load(model, **options)
 
@@ -261,6 +272,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A model or a VAE: diffusers folder or single file.")],
     target: Annotated[Path, typer.Argument(help="NAME.safetensors for a single file, another name for a folder.")],
     dtype: DtypeOption = None,
+    prediction: PredictionOption = None,
 ) -> None:
     """Convert a model or a VAE between diffusers' folder layout and a single file."""
     suffix = target.suffix.lower()
@@ -273,8 +285,14 @@ def convert(
     from sdkit import checkpoint, single_file
 
     kind = str(checkpoint.inspect_file(source)["kind"])
-    if kind == "diffusers folder" or (kind.endswith("single file") and not kind.startswith("SDXL")):
-        checkpoint.save(checkpoint.load(source, dtype=_dtype(dtype)), target)
+    is_single_file = kind.endswith("single file") and not kind.startswith("SDXL")
+    if prediction is not None and not is_single_file:
+        raise ConfigError(f"--prediction: only for single files of a model; {source} is a {kind}")
+    if is_single_file:
+        model = single_file.load_single_file(source, prediction_type=prediction, dtype=_dtype(dtype))
+        checkpoint.save(model, target)
+    elif kind == "diffusers folder":
+        checkpoint.save(checkpoint.load_folder(source, dtype=_dtype(dtype)), target)
     elif kind.startswith("VAE") or kind.endswith("AutoencoderKL"):
         vae = single_file.load_vae_file(source, dtype=_dtype(dtype))
         (single_file.save_vae_file if suffix == ".safetensors" else _save_vae_folder)(vae, target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sdkernels
-from sdkit.errors import NumericalError
+from sdkit.errors import ConfigError, NumericalError
 from sdkit.guidance import Guidance, combine, rescale
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def denoise(
     for k, t in enumerate(times):
         uncond, cond = predict(registers[0] * input_scale[k], k)
         if guidance.rescale > 0 and uncond is not None and cond is not None:
-            uncond, cond = None, rescale(combine(uncond, cond, guidance.scale), cond, guidance.rescale)
+            u, c = uncond.to(work), cond.to(work)
+            uncond, cond = None, rescale(combine(u, c, guidance.scale), c, guidance.rescale)
         noise = draw_noise() if draws[k] else None
         before = registers[0]
         registers = sdkernels.sampler_step(registers, uncond, cond, noise, coefficients, k, guidance.scale)
@@ -57,15 +58,21 @@ def denoise(
             estimate = partial(_estimate, plan, k, before, uncond, cond, guidance.scale)
             answer = on_step(k, t, registers[0], estimate)
             if isinstance(answer, Tensor):
+                if answer.shape != registers[0].shape:
+                    expected, found = list(registers[0].shape), list(answer.shape)
+                    raise ConfigError(f"callback: expected latents {expected}, found {found}")
                 registers = torch.cat([answer.to(registers)[None], registers[1:]])
             elif answer == "stop":
                 break
+            elif answer is not None:
+                raise ConfigError(f'callback: expected latents, "stop" or None, found {answer!r}')
     if times:
         _check_finite(registers[0], len(times) - 1, len(times), times[-1])
     return registers[0]
 
 
 def _estimate(plan: Plan, k: int, latents: Tensor, uncond: Tensor | None, cond: Tensor | None, scale: float) -> Tensor:
+    uncond, cond = (None if p is None else p.to(latents) for p in (uncond, cond))
     return plan.denoised(k, latents, combine(uncond, cond, scale))
 
 

@@ -22,10 +22,10 @@ class Guidance:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ConfigError(f"guidance_scale: expected a finite number of at least 0, found {self.scale}")
-        if not 0 <= self.rescale <= 1:
-            raise ConfigError(f"guidance_rescale: expected a number from 0 to 1, found {self.rescale}")
+        if not isinstance(self.scale, int | float) or not (math.isfinite(self.scale) and self.scale >= 0):
+            raise ConfigError(f"guidance_scale: expected a finite number of at least 0, found {self.scale!r}")
+        if not isinstance(self.rescale, int | float) or not 0 <= self.rescale <= 1:
+            raise ConfigError(f"guidance_rescale: expected a number from 0 to 1, found {self.rescale!r}")
 
     @property
     def needs_uncond(self) -> bool:

@@ -80,7 +80,7 @@ def mask_to_tensor(mask: ImageSource, size: tuple[int, int] | None = None) -> to
     luminance = _rgb(mask) @ np.asarray([0.299, 0.587, 0.114])
     # Float rounding must not turn a grey of exactly one half into a kept pixel.
     tensor = torch.from_numpy((luminance >= 0.5 - 1e-6).astype(np.float32))[None, None]
-    return tensor if size is None else torch.nn.functional.interpolate(tensor, size, mode="nearest-exact")
+    return tensor if size is None else torch.nn.functional.interpolate(tensor, size, mode="nearest")
 
 
 def check_size(width: int, height: int, factor: int) -> None:

@@ -7,12 +7,11 @@ image of a batch has its own seed, and nothing is ever downloaded.
 from __future__ import annotations
 
 import contextlib
-import math
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from PIL import Image
@@ -21,22 +20,21 @@ from tqdm import tqdm
 
 import sdkernels
 import sdkit
+from sdkit.checkpoint import Components, load_folder, save_folder
 from sdkit.denoise import denoise
 from sdkit.errors import CheckpointError, ConfigError, NumericalError
 from sdkit.guidance import Guidance
 from sdkit.image import check_size, to_pil
+from sdkit.noise import Generators, Noise, given_latents
 from sdkit.plan import Plan, make_plan
 from sdkit.preview import Preview, Previewer, PreviewMode
-from sdkit.schedule import read_scheduler_config
+from sdkit.schedule import read_scheduler_config, write_scheduler_config
 from sdkit.text import encode_prompts
-
-if TYPE_CHECKING:
-    from sdkit.checkpoint import Components
+from sdkit.vae import decode_latents
 
 MODELS = Path(__file__).parent / "models"
 """The models that ship with us, each a diffusers folder."""
 
-Generators = torch.Generator | list[torch.Generator]
 StepCallback = Callable[
     ["StableDiffusion", int, float, dict[str, Tensor]], "dict[str, Tensor] | Literal['stop'] | None"
 ]
@@ -44,9 +42,14 @@ StepCallback = Callable[
 
 @dataclass(frozen=True)
 class Output:
-    """What a task returns. ``images`` is a list of Pillow images ("pil", each with its ``info`` for the PNG), a tensor
-    [B, 3, H, W] in [0, 1] ("pt"), or the latents ("latent"). ``latents`` [B, C, h, w] are the final ones, in the noise
-    predictor's scale; ``seeds`` one for each image (empty when generators or latents were given)."""
+    """What a task returns.
+
+    images: a list of Pillow images ("pil"; ``sdkit.image.write_png(image, path, image.info)`` keeps in the PNG what
+        made them), a tensor [B, 3, H, W] in [0, 1] ("pt"), or the latents ("latent").
+    latents: the final ones [B, C, h, w], in the noise predictor's scale.
+    seeds: one for each image; empty when generators or latents were given.
+    num_steps_run: whole sampling steps.
+    """
 
     images: Any
     latents: Tensor
@@ -62,11 +65,18 @@ class StableDiffusion:
     """
 
     def __init__(self, components: Components, backend: str | None = None) -> None:
-        self.components = components
+        self.unet, self.vae = components.unet, components.vae
+        self.text_encoder: Any = components.text_encoder
+        self.tokenizer: Any = components.tokenizer
+        self.scheduler_config, self.extra = components.scheduler_config, components.extra
         self.schedule, self.plan_defaults = read_scheduler_config(components.scheduler_config)
         if backend not in (None, *sdkernels.BACKENDS):
             raise ConfigError(f"backend: expected {', '.join(sdkernels.BACKENDS)} or None, found {backend!r}")
         self.backend = backend
+        try:
+            sdkernels.current()
+        except ValueError as error:  # what the environment names
+            raise ConfigError(str(error)) from None
 
     @classmethod
     def from_pretrained(
@@ -82,8 +92,6 @@ class StableDiffusion:
         ``device`` is the GPU if there is one, else the CPU; ``dtype`` float16 on a GPU, else float32; ``backend``
         as in ``sdkernels.backend``, None for the one in force. Raises CheckpointError.
         """
-        from sdkit.checkpoint import load_folder
-
         device, dtype = _defaults(device, dtype)
         shipped = MODELS / str(model)
         names = sorted(p.parent.name for p in MODELS.glob("*/model_index.json"))
@@ -117,20 +125,12 @@ class StableDiffusion:
         return cls(components, backend).to(device)
 
     @property
-    def unet(self) -> Any:
-        return self.components.unet
-
-    @property
-    def vae(self) -> Any:
-        return self.components.vae
-
-    @property
-    def text_encoder(self) -> Any:
-        return self.components.text_encoder
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.components.tokenizer
+    def components(self) -> Components:
+        """The parts, as the files have them."""
+        config = self.scheduler_config
+        if read_scheduler_config(config) != (self.schedule, self.plan_defaults):
+            config = write_scheduler_config(self.schedule, self.plan_defaults)
+        return Components(self.unet, self.vae, self.text_encoder, self.tokenizer, config, self.extra)
 
     @property
     def device(self) -> torch.device:
@@ -140,16 +140,17 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move every network to ``device`` and cast it to ``dtype``; returns self."""
+    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move every network to ``device`` and cast it to ``dtype``, either may be given first; returns self."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        device = None if device is None else _device(device)
         for module in (self.unet, self.vae, self.text_encoder):
             module.to(device=device, dtype=dtype)
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers folder. Raises CheckpointError when that is not possible."""
-        from sdkit.checkpoint import save_folder
-
         save_folder(self.components, folder, dtype)
 
     def save_single_file(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -201,8 +202,11 @@ class StableDiffusion:
         output_type: "pil", "pt" or "latent".
         callback_on_step_end: called as (self, k, timestep, {"latents": ...}) after network call k; it may return
             a dict with new latents, or "stop".
-        preview_every: decode what the picture looks like every so many steps, by the VAE ("decode") or a linear
-            projection of the latents ("fast").
+        preview_every: decode what the picture looks like every so many network calls, by the VAE ("decode") or a
+            linear projection of the latents ("fast").
+
+        Prompts of one batch are padded to the same number of 75-token chunks, which a picture feels: beside a longer
+        prompt the same seed gives another picture.
 
         Raises ConfigError for an argument without meaning, NumericalError for latents or pixels that are not finite.
         """
@@ -220,11 +224,14 @@ class StableDiffusion:
             n = _count("num_images_per_prompt", num_images_per_prompt)
             batch = len(cond if cond is not None else uncond) * n  # type: ignore[arg-type]  # one is there
             cond, uncond = (None if c is None else c.repeat_interleave(n, 0) for c in (cond, uncond))
-            noise = _Noise(self._latent_shape(batch, height, width), seed, generator, self.device, self.dtype)
-            start = noise.draw() if latents is None else _given_latents(latents, noise.shape, self.device)
+            noise = Noise(self._latent_shape(batch, height, width), seed, generator, self.device, self.dtype)
+            start = noise.draw() if latents is None else given_latents(latents, noise.shape, self.device)
             previews: list[Preview] = []
+            calls = 0
 
             def on_step(k: int, t: float, now: Tensor, x0: Callable[[], Tensor]) -> Tensor | Literal["stop"] | None:
+                nonlocal calls
+                calls = k + 1
                 bar.update()
                 if previewer.wants(k):
                     previews.append(Preview(k, t, previewer.frames(x0())))
@@ -235,8 +242,11 @@ class StableDiffusion:
 
             predict = self._predictor(plan, cond, uncond)
             with tqdm(total=len(plan.timesteps), disable=not progress, leave=False) as bar:
-                final = denoise(plan, predict, plan.start(start.float()), noise.draw, guidance, on_step)
-            images = final if output_type == "latent" else self._decode(final)
+                first = plan.start(start.to(torch.promote_types(self.dtype, torch.float32)))
+                final = denoise(plan, predict, first, noise.draw, guidance, on_step)
+            images = final if output_type == "latent" else decode_latents(self.vae, final)
+            if not bool(images.isfinite().all()):
+                raise NumericalError("VAE decoder: pixels are not finite")
 
         seeds = noise.seeds if latents is None else []
         if output_type == "pil":
@@ -251,7 +261,8 @@ class StableDiffusion:
             images = _with_info(to_pil(images), facts, prompts, negative_prompt, seeds, n)
         elif output_type == "pt":
             images = (images / 2 + 0.5).clamp(0, 1)
-        return Output(images, final, seeds, plan.num_steps, previews)
+        steps_run = plan.num_steps * calls // max(1, len(plan.timesteps))
+        return Output(images, final, seeds, steps_run, previews)
 
     def make_plan(
         self,
@@ -281,7 +292,7 @@ class StableDiffusion:
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, checked."""
-        own = self.unet.config.sample_size or 64
+        own: int | tuple[int, int] = self.unet.config.sample_size or 64
         rows, columns = own if isinstance(own, tuple) else (own, own)
         factor = self.vae.config.factor
         height = rows * factor if height is None else height
@@ -306,26 +317,33 @@ class StableDiffusion:
         clip_skip: int,
         weighted: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The conditional and the unconditional context [P, M, D]; None where the guidance needs none."""
-        count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]  # one is there
+        """The conditional and the unconditional context [P, M, D], each None where the guidance needs none."""
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ConfigError("negative_prompt, negative_prompt_embeds: give one of them, not both")
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        width = self.unet.config.per_block(self.unet.config.cross_attention_dim)[0]
+        for name, given in embeds.items():
+            if given is not None and (given.dim() != 3 or given.shape[-1] != width):
+                raise ConfigError(f"{name}: expected [prompts, tokens, {width}], found {list(given.shape)}")
+        count = len(prompts) if prompts is not None else len(cast("Tensor", prompt_embeds))
         negatives = _negatives(negative_prompt, count)
-        cond, uncond = encode_prompts(
-            self.tokenizer,
-            self.text_encoder,
-            prompts or [""] * count,
-            negatives,
-            clip_skip=clip_skip,
-            weighted=weighted,
-        )
-        cond = cond if prompt_embeds is None else prompt_embeds.to(cond)
-        if negative_prompt_embeds is not None:
-            uncond = negative_prompt_embeds.to(cond)
-        assert uncond is not None
-        if cond.shape != uncond.shape and guidance.needs_cond and guidance.needs_uncond:
+        cond = prompt_embeds if guidance.needs_cond else None
+        uncond = negative_prompt_embeds if guidance.needs_uncond else None
+        encode = partial(encode_prompts, self.tokenizer, self.text_encoder, clip_skip=clip_skip, weighted=weighted)
+        encode_uncond = guidance.needs_uncond and uncond is None
+        if guidance.needs_cond and cond is None:
+            cond, encoded = encode(cast("list[str]", prompts), negatives if encode_uncond else None)
+            uncond = encoded if encode_uncond else uncond
+        elif encode_uncond:
+            uncond, _ = encode(negatives, None)
+            if cond is not None and cond.shape[1] % uncond.shape[1] == 0:  # as many chunks as the embeddings have
+                uncond = uncond.repeat(1, cond.shape[1] // uncond.shape[1], 1)
+        cond, uncond = (None if c is None else c.to(self.device, self.dtype) for c in (cond, uncond))
+        if cond is not None and uncond is not None and cond.shape != uncond.shape:
             raise ConfigError(
                 f"negative_prompt_embeds: expected the prompt's shape {list(cond.shape)}, found {list(uncond.shape)}"
             )
-        return cond if guidance.needs_cond else None, uncond if guidance.needs_uncond else None
+        return cond, uncond
 
     def _predictor(
         self, plan: Plan, cond: Tensor | None, uncond: Tensor | None
@@ -348,60 +366,19 @@ class StableDiffusion:
 
         return predict
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], float32, about [-1, 1]. A float16 VAE that overflows decodes again in float32."""
-        z = latents / self.vae.config.scaling_factor
-        pixels = self.vae.decode(z.to(self.vae.dtype)).float()
-        if self.vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
-            warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=3)
-            self.vae.float()
-            pixels = self.vae.decode(z.float())
-            self.vae.half()
-        if not bool(pixels.isfinite().all()):
-            raise NumericalError("VAE decoder: pixels are not finite")
-        return pixels
 
-
-class _Noise:
-    """The normals of a batch, one image apart from the other, in the documented order."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int],
-        seed: int | Sequence[int] | None,
-        generator: Generators | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.shape, self.device = shape, device
-        self.seeds: list[int] = []
-        if generator is not None:
-            if seed is not None:
-                raise ConfigError("seed, generator: give one of them, not both")
-            if isinstance(generator, list) and len(generator) != shape[0]:
-                raise ConfigError(f"generator: expected one or {shape[0]}, found {len(generator)}")
-            self.generators, self.dtype = generator, dtype
-        else:
-            self.seeds = _seeds(seed, shape[0])
-            self.generators, self.dtype = [torch.Generator().manual_seed(s) for s in self.seeds], torch.float32
-
-    def draw(self) -> Tensor:
-        """The next normal of every image: [B, C, h, w] on the device."""
-        if isinstance(self.generators, torch.Generator):
-            return self._normal(self.generators, self.shape)
-        return torch.cat([self._normal(g, (1, *self.shape[1:])) for g in self.generators])
-
-    def _normal(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.dtype).to(self.device)
-
-
-def _defaults(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+def _device(device: str | torch.device) -> torch.device:
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device: {str(error).splitlines()[0]}") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {place} was asked for, but torch finds no CUDA GPU here")
+    return place
+
+
+def _defaults(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    place = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return place, dtype or (torch.float16 if place.type == "cuda" else torch.float32)
 
 
@@ -411,6 +388,8 @@ def _prompts(prompt: str | Sequence[str] | None, embeds: Tensor | None, guidance
         raise ConfigError("prompt, prompt_embeds: expected exactly one of them")
     if prompt is None:
         return None
+    if not isinstance(prompt, Sequence):
+        raise ConfigError(f"prompt: expected words, or a list of prompts, found {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     empty = not prompts or any(isinstance(p, str) and not p.strip() for p in prompts)  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
     if empty and guidance.needs_cond:
@@ -435,33 +414,6 @@ def _count(name: str, value: int) -> int:
     return value
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """A seed for each image."""
-    if seed is None:
-        return torch.randint(2**32, (count,), generator=_entropy()).tolist()
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [int(s) for s in seed]
-    if len(seeds) != count:
-        raise ConfigError(f"seed: expected one or {count}, one for each image; found {len(seeds)}")
-    if any(not 0 <= s < 2**63 for s in seeds):
-        raise ConfigError(f"seed: expected numbers from 0 to 2**63 - 1, found {seed}")
-    return seeds
-
-
-def _entropy() -> torch.Generator:
-    """A generator that the operating system has seeded; the global one is left alone."""
-    generator = torch.Generator()
-    generator.seed()
-    return generator
-
-
-def _given_latents(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    if tuple(latents.shape) != shape:
-        raise ConfigError(f"latents: expected the shape {list(shape)}, found {list(latents.shape)}")
-    if not bool(latents.isfinite().all()):
-        raise NumericalError("latents: the given ones are not finite")
-    return latents.to(device)
-
-
 def _with_info(
     images: list[Image.Image],
     facts: dict[str, Any],
@@ -478,5 +430,5 @@ def _with_info(
             own["negative_prompt"] = _negatives(negative_prompt, len(prompts))[i // per_prompt]
         if seeds:
             own["seed"] = seeds[i]
-        image.info.update({k: v for k, v in own.items() if not (isinstance(v, float) and math.isnan(v))})
+        image.info.update(own)
     return images

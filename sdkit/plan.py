@@ -202,7 +202,7 @@ def _check(
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(map(str, known))}, found {value!r}")
     for name, value in (("strength", strength), ("eta", eta)):
-        if not 0 <= value <= 1:
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"{name}: expected a number from 0 to 1, found {value!r}")
     if eta > 0 and not SAMPLERS[sampler].takes_eta:
         takers = ", ".join(name for name, spec in SAMPLERS.items() if spec.takes_eta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,9 +13,7 @@ from PIL import Image
 
 from sdkit.errors import ConfigError, NumericalError
 from sdkit.image import grid, to_pil
-
-if TYPE_CHECKING:
-    from sdkit.vae import AutoencoderKL
+from sdkit.vae import AutoencoderKL, decode_latents
 
 PreviewMode = Literal["decode", "fast"]
 
@@ -37,7 +35,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Previewer:
-    """Turns latents into preview pictures, every ``every`` steps (0: never).
+    """Turns latents into preview pictures, every ``every`` network calls (0: never).
 
     ``mode`` "decode" runs the VAE decoder: full size, exact. "fast" projects each latent cell to one pixel
     (``latent_to_rgb``): tiny, rough, almost free. Raises ConfigError for a negative ``every`` or another mode.
@@ -48,8 +46,8 @@ class Previewer:
     mode: PreviewMode = "decode"
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"preview_every: expected 0 (none) or a number of steps, found {self.every}")
+        if not isinstance(self.every, int) or self.every < 0:
+            raise ConfigError(f"preview_every: expected 0 (none) or a number of steps, found {self.every!r}")
         if self.mode not in ("decode", "fast"):
             raise ConfigError(f"preview mode: expected 'decode' or 'fast', found {self.mode!r}")
 
@@ -65,9 +63,7 @@ class Previewer:
         """
         if self.mode == "fast":
             return to_pil(latent_to_rgb(self.vae, latents), stage="preview")
-        weight = next(self.vae.parameters())
-        z = (latents / self.vae.config.scaling_factor).to(weight.device, weight.dtype)
-        return to_pil(self.vae.decode(z), stage="preview, VAE decoder")
+        return to_pil(decode_latents(self.vae, latents), stage="preview, VAE decoder")
 
 
 def latent_to_rgb(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ LEFT_OUT = {
     "contrastive head": r"cond_stage_model\.(model\.attn_mask|(model\.)?(logit_scale|text_projection))",
     "averaging state": r"model_ema\.(decay|num_updates)",
     "depth estimator": r"depth_model\..*",
-    "VAE training": r"first_stage_model\.(loss|model_ema)\..*",
+    "VAE training (loss., model_ema.)": r"first_stage_model\.(loss|model_ema)\..*",
 }
 
 
@@ -169,7 +169,10 @@ def _row(state: Mapping[str, Tensor], key: str) -> Tensor:
     """A tensor, or one of the three stacked matrices that ``key[0..2]`` names."""
     if not key.endswith("]"):
         return state[key]
-    return state[key[:-3]].chunk(3, dim=0)[int(key[-2])]
+    stacked = state[key[:-3]]
+    if stacked.ndim == 0 or len(stacked) % 3:
+        raise CheckpointError(f"{key[:-3]}: expected q, k and v stacked, found the shape {list(stacked.shape)}")
+    return stacked.chunk(3, dim=0)[int(key[-2])]
 
 
 def give(state: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
@@ -215,7 +218,7 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
     """
     patterns = LEFT_OUT | {"last text block": rf"cond_stage_model\.model\.transformer\.resblocks\.{layers}\..*"}
     if layers is None:
-        patterns = {"VAE training": r"(first_stage_model\.)?(loss|model_ema)\..*"}
+        patterns = {"VAE training (loss., model_ema.)": r"(first_stage_model\.)?(loss|model_ema)\..*"}
     counts: dict[str, int] = {}
     unknown: list[str] = []
     for key in state:
@@ -228,7 +231,7 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(f"{where}: not understood: {', '.join(unknown[:3])}{more}")
     for group, count in counts.items():
-        level = logging.WARNING if group == "depth estimator" else logging.INFO
+        level = logging.WARNING if group.startswith(("depth", "VAE training")) else logging.INFO
         logger.log(level, "%s: left out %s (%d tensors)", where, group, count)
 
 
@@ -314,7 +317,7 @@ def _detect_preset(state: Mapping[str, Tensor], where: str) -> str:
 
     context = next((t for key in CONTEXT_KEYS if (t := find(key)) is not None), None)
     first = find("input_blocks.0.0.weight")
-    if context is None or first is None:
+    if context is None or first is None or context.ndim < 2 or first.ndim != 4:
         raise CheckpointError(f"{where}: expected a Stable Diffusion 1 or 2 model, found {inspect_file(where)['kind']}")
     found = (context.shape[-1], first.shape[1])
     if found not in PRESETS:
@@ -384,8 +387,11 @@ def load_vae_file(
     else:
         state, metadata = read_state(path, dtype)
         config = config or _vae_config(metadata, where)
-    with torch.device("meta"):
-        vae = AutoencoderKL(config)
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL(config)
+    except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(f"{where}: vae: {error}") from None
     prefix = next((p for p in (VAE, "") if f"{p}decoder.conv_in.weight" in state), None)
     if prefix is None:
         raise CheckpointError(f"{where}: expected a VAE, found {inspect_file(path)['kind']}")

@@ -5,6 +5,7 @@ Latents here are unscaled: multiply by ``config.scaling_factor`` after encoding,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,22 @@ class AutoencoderKL(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of ``x`` through the posterior's mean."""
         return self.decode(self.encode(x).mode())
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels [B, 3, f h, f w], float32 or wider, about [-1, 1], of latents in the noise predictor's scale.
+
+    A float16 VAE that overflows decodes again in float32, with a warning. Values may still be non-finite.
+    """
+    z = latents / vae.config.scaling_factor
+    pixels = vae.decode(z.to(vae.device, vae.dtype))
+    if vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
+        warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=2)
+        try:
+            pixels = vae.float().decode(z.to(vae.device, torch.float32))
+        finally:
+            vae.half()
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
 
 def _read(config: VAEConfig | Mapping[str, Any] | str | Path) -> VAEConfig:

@@ -7,9 +7,11 @@ is surest of are those of the prompt; two objects when both are among what the p
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +37,7 @@ from finetune.pretrain.tabletop import (
     sample_scenes,
 )
 from sdkit.image import grid
-from sdkit.pipeline import StableDiffusion
+from sdkit.pipeline import MODELS, StableDiffusion
 
 PROMPT_SEED = 2_000_001
 BATCH = 50
@@ -187,14 +189,18 @@ def table(runs: Sequence[dict[str, float]], seeds: Sequence[int]) -> str:
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="The model's folder.")] = Path("build/tabletop/model"),
+    model: Annotated[Path, typer.Argument(help="The model's folder, with its README.md.")] = MODELS / "tabletop",
     seeds: Annotated[int, typer.Option(help="How many sampling seeds.")] = 3,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
     card: Annotated[bool, typer.Option(help="Write the table and the grid into the model's README.md.")] = True,
 ) -> None:
     """Measure the model; with --card, write README.md's table, grid.png and results.json in its folder."""
-    sd, probe = StableDiffusion.from_pretrained(model), load_probe()
+    readme = model / "README.md"
+    old = readme.read_text() if readme.exists() else ""
+    if card and (START not in old or END not in old):
+        raise typer.BadParameter(f"{readme}: expected a model card with {START} and {END}; see --no-card")
+    sd, probe = StableDiffusion.from_pretrained(model, device="cpu"), load_probe()
     chosen = [1_000 * (k + 1) for k in range(seeds)]
     runs = [measure(sd, probe, seed, guidance, steps) for seed in chosen]
     clip, tokenizer = reconstruct_clip(model)
@@ -207,14 +213,17 @@ def main(
     if not card:
         return
     images = sd.text_to_image(GRID, num_inference_steps=steps, guidance_scale=guidance, seed=1, progress=False).images
-    marked = [f"{p} *" if tuple(p.split()[-2:]) in HELD_OUT else p for p in GRID]
+    marked = [f"{p} *" if any(pair in HELD_OUT for pair in pairwise(p.split())) else p for p in GRID]
     grid([image.resize((2 * SIZE, 2 * SIZE)) for image in images], 8, marked).save(model / "grid.png", optimize=True)
-    facts = {"guidance": guidance, "steps": steps, "torch": torch.__version__, "machine": platform.processor()}
+    facts = {
+        "guidance": guidance,
+        "steps": steps,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
     (model / "results.json").write_text(json.dumps({"settings": facts, "seeds": chosen, "runs": runs} | once, indent=1))
-    readme = model / "README.md"
-    if readme.exists() and START in (old := readme.read_text()):
-        head, tail = old.split(START)[0], old.split(END)[1]
-        readme.write_text(f"{head}{START}\n{text}\n{END}{tail}")
+    head, tail = old.split(START)[0], old.split(END)[1]
+    readme.write_text(f"{head}{START}\n{text}\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def training_pictures(folder: Path, scenes: int = 32_000, pairs: int = 16_000) -
     name = f"pictures-{scenes}-{pairs}-{SIZE}"
     file, progress = folder / f"{name}.u8", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    done = json.loads(progress.read_text()) if progress.exists() else 0
+    done = json.loads(progress.read_text()) if progress.exists() and file.exists() else 0
     shape = (len(both), 3, SIZE, SIZE)
     images = torch.from_file(str(file), shared=True, size=len(both) * 3 * SIZE * SIZE, dtype=torch.uint8).view(shape)
     for start in tqdm(range(done, len(both), CHUNK), desc="render", disable=done >= len(both), mininterval=5.0):

@@ -86,7 +86,8 @@ def train(
     """Train ``module`` and return its moving average, if the recipe asks for one.
 
     ``loss(step)`` gives the loss and figures to show; ``rates(parameter name)`` a factor on the learning rate.
-    The state lies in ``folder/state.pt``; a run that finds one goes on from there, exactly as if never stopped.
+    The state lies in ``folder/state.pt``; a run that finds one goes on from there, exactly as if never stopped. Raises
+    ValueError when it was made by another recipe, ArithmeticError when the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_file = folder / "state.pt"
@@ -100,6 +101,8 @@ def train(
     done, history, running = 0, list[tuple[int, float]](), math.nan
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
+        if state["recipe"] != repr(recipe):
+            raise ValueError(f"{state_file}: made with {state['recipe']}, not {recipe}; remove it to begin anew")
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         done, history, running = state["step"], state["history"], state["running"]
@@ -109,7 +112,7 @@ def train(
     def save(step: int) -> None:
         state = {
             "module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history,
-            "running": running, "average": average.values if average is not None else None,
+            "recipe": repr(recipe), "running": running, "average": average.values if average is not None else None,
         }  # fmt: skip
         save_atomically(state, state_file)
 

@@ -22,25 +22,25 @@ class UnsupportedError(RuntimeError):
     """Under "triton": the op has no kernel for this input; the message names the op and the reason."""
 
 
-def _checked(name: str) -> str:
+_current: str | None = None  # None: what the environment says
+
+
+def _checked(name: str, where: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, found {name!r}")
     return name
 
 
-_current = _checked(os.environ.get("SDKERNELS_BACKEND", "auto"))
-
-
 def current() -> str:
-    """The backend in force."""
-    return _current
+    """The backend in force. Raises ValueError when the environment names an unknown one."""
+    return _current or _checked(os.environ.get("SDKERNELS_BACKEND", "auto"), "SDKERNELS_BACKEND")
 
 
 @contextmanager
 def backend(name: str) -> Generator[None]:
     """Use the backend ``name`` inside the block. Raises ValueError for an unknown name."""
     global _current
-    before, _current = _current, _checked(name)
+    before, _current = _current, _checked(name, "backend")
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ def reference_only(op: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(op)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _current == "triton":
+        if current() == "triton":
             raise UnsupportedError(f'{op.__name__}: no Triton kernel in this version; use backend "auto" or "eager"')
         return op(*args, **kwargs)
 

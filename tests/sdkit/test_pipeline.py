@@ -251,7 +251,7 @@ def test_bad_arguments_are_named(sd: StableDiffusion, arguments: dict[str, Any],
 
 def test_an_inpainting_model_is_not_taken_for_a_plain_one() -> None:
     sd = model()
-    sd.components.unet = sdkit.UNet2DConditionModel.from_config(UNET | {"in_channels": 9})
+    sd.unet = sdkit.UNet2DConditionModel.from_config(UNET | {"in_channels": 9})
     with pytest.raises(ConfigError, match="expected a UNet of 4 input channels, this one has 9"):
         sd.text_to_image("a cat", progress=False)
 

@@ -282,9 +282,9 @@ def convert(
         raise ConfigError(f"{target}: already exists")
     _check_writable(target, is_folder=suffix != ".safetensors")
 
-    from sdkit import checkpoint, single_file
+    from sdkit import checkpoint, inspection, single_file
 
-    kind = str(checkpoint.inspect_file(source)["kind"])
+    kind = str(inspection.inspect_file(source)["kind"])
     is_single_file = kind.endswith("single file") and not kind.startswith("SDXL")
     if prediction is not None and not is_single_file:
         raise ConfigError(f"--prediction: only for single files of a model; {source} is a {kind}")
@@ -303,7 +303,7 @@ def convert(
 
 def _save_vae_folder(vae: AutoencoderKL, target: Path) -> None:
     """The ``vae/`` folder of diffusers' layout, whole or not at all."""
-    from sdkit.checkpoint import write_state
+    from sdkit.weights import write_state
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sdkit-", dir=target.parent) as temporary:
@@ -327,7 +327,7 @@ def inspect(
 
         facts: dict[str, Any] = {"kind": "picture", **read_parameters(file)}
     else:
-        from sdkit.checkpoint import inspect_file
+        from sdkit.inspection import inspect_file
 
         facts = inspect_file(file)
     print(json.dumps(facts, indent=2, default=str) if as_json else "\n".join(_table(facts)))

@@ -15,3 +15,9 @@ class CheckpointError(SDKitError, ValueError):
 
 class NumericalError(SDKitError, ArithmeticError):
     """Non-finite latents or pixels; the message names the stage."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message in one line of at most 200 characters."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

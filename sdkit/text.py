@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdkit.errors import CheckpointError, ConfigError, NumericalError
+from sdkit.errors import CheckpointError, ConfigError, NumericalError, one_line
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -75,7 +75,7 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
         absent = [name for name in ("bos", "eos", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"{folder}: not a CLIP tokenizer ({_one_line(error)})") from None
+        raise CheckpointError(f"{folder}: not a CLIP tokenizer ({one_line(error)})") from None
     if absent:
         raise CheckpointError(f"{folder}: not a CLIP tokenizer (no {', '.join(absent)} token)")
     return tokenizer
@@ -129,10 +129,6 @@ def _write_tokenizer(
         os.replace(temporary, folder / name)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # Encoder
 
 
@@ -152,7 +148,7 @@ def build_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
     try:
         return CLIPTextModel(CLIPTextConfig(**config)).eval()
     except Exception as error:  # transformers checks values in classes of errors that differ between versions
-        raise ConfigError(f"text encoder config: {_one_line(error)}") from None
+        raise ConfigError(f"text encoder config: {one_line(error)}") from None
 
 
 def load_text_state(model: CLIPTextModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -120,3 +120,15 @@ def test_importing_sdkit_is_light():
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {code}"], capture_output=True, text=True
     )
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_what_the_wheels_carry_is_there():
+    """A wheel leaves a missing file out without a word."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package in ("sdkernels", "sdkit", "finetune"):
+        assert "py.typed" in data[package] and (ROOT / FOLDERS[package] / "py.typed").is_file()
+    model = ROOT / "sdkit" / "models" / "tabletop"
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        assert (model / f"{name}.safetensors").is_file()
+    assert (ROOT / "finetune" / "pretrain" / "probe.safetensors").is_file()
+    assert (ROOT / "sdkit" / "presets" / "clip_merges.txt.gz").is_file()

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from finetune.pretrain.pictures import SIZE, Pictures, to_bytes, training_pictures
 from finetune.pretrain.tabletop import render, sample_scenes
 from finetune.pretrain.training import MovingAverage, Recipe, generator, train
-from sdkit.checkpoint import give_weights, read_state, write_state
 from sdkit.config import VAEConfig
 from sdkit.image import grid, to_pil
 from sdkit.vae import AutoencoderKL
+from sdkit.weights import give_weights, read_state, write_state
 
 CONFIG = VAEConfig(
     block_out_channels=(32, 64, 96),

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from finetune.pretrain.pictures import SIZE, training_pictures
 from finetune.pretrain.tabletop import Scenes, captions, equivalent_key, render, sample_scenes
 from finetune.pretrain.training import Recipe, generator, train
-from sdkit.checkpoint import read_state, text_config, write_state
+from sdkit.checkpoint import text_config
 from sdkit.config import read_json
 from sdkit.text import build_text_encoder, load_text_state, load_tokenizer, pooled, text_state_dict
+from sdkit.weights import read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer

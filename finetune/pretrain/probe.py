@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from finetune.pretrain.pictures import SIZE, training_pictures
 from finetune.pretrain.tabletop import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, render, sample_scenes
 from finetune.pretrain.training import Recipe, generator, train
-from sdkit.checkpoint import give_weights, read_state, write_state
+from sdkit.weights import give_weights, read_state, write_state
 
 WEIGHTS = Path(__file__).parent / "probe.safetensors"
 SLOTS, WIDTH = 3, 128

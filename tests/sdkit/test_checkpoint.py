@@ -17,20 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdkit.checkpoint import (
-    Components,
-    inspect_file,
-    load,
-    load_folder,
-    load_weights,
-    read_state,
-    save,
-    save_folder,
-    write_state,
-)
+from sdkit.checkpoint import Components, load, load_folder, load_weights, save, save_folder
 from sdkit.errors import CheckpointError
+from sdkit.inspection import inspect_file
 from sdkit.single_file import read_preset, save_single_file, save_vae_file
 from sdkit.text import clip_tokenizer, text_state_dict
+from sdkit.weights import read_state, write_state
 
 UNET: dict[str, Any] = {
     "block_out_channels": [8, 16], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],

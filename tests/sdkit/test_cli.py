@@ -242,9 +242,9 @@ def test_inspect_a_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
             raise CheckpointError(f"{path}: empty file")
         return facts
 
-    module = types.ModuleType("sdkit.checkpoint")
+    module = types.ModuleType("sdkit.inspection")
     module.inspect_file = inspect_file
-    monkeypatch.setitem(sys.modules, "sdkit.checkpoint", module)
+    monkeypatch.setitem(sys.modules, "sdkit.inspection", module)
     Path("a.safetensors").write_text("x")
     Path("b.safetensors").touch()
     status, out, _ = run("inspect", "a.safetensors")
@@ -298,7 +298,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from sdkit.checkpoint import read_state
+    from sdkit.weights import read_state
 
     files = sorted(folder.rglob("*.safetensors"))
     return {f"{f.parent.name}.{key}": value for f in files for key, value in read_state(f)[0].items()}
@@ -406,10 +406,6 @@ def test_bad_input_ends_in_one_line_and_no_file(
     assert sorted(os.listdir()) == there
 
 
-SHIPPED = Path(cli.__file__).parent / "models" / "tabletop"
-
-
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped model is not there")
 def test_the_shipped_model_needs_nothing_but_a_prompt(run: Run) -> None:
     status, out, err = run("txt2img", "a large red sphere on a white table", "--seed", "1", "--steps", "8")
     assert (status, err) == (0, "") and out.startswith("out.png  seed 1"), err

@@ -23,29 +23,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdkit.checkpoint import Components, inspect_file, load_folder, save_folder
+from sdkit.checkpoint import Components, load_folder, save_folder
 from sdkit.config import UNetConfig
 from sdkit.errors import CheckpointError, ConfigError
-from sdkit.schedule import read_scheduler_config
-from sdkit.single_file import (
-    ALL_PRESETS,
+from sdkit.inspection import inspect_file
+from sdkit.key_maps import (
     CLIP,
     EMA,
     OPEN_CLIP,
     UNET,
     VAE,
     give,
-    load_single_file,
-    load_vae_file,
     open_clip_extras,
     open_clip_map,
-    read_preset,
-    save_single_file,
-    save_vae_file,
     take,
     unet_map,
     vae_map,
 )
+from sdkit.schedule import read_scheduler_config
+from sdkit.single_file import ALL_PRESETS, load_single_file, load_vae_file, read_preset, save_single_file, save_vae_file
 from sdkit.text import build_text_encoder, clip_tokenizer, text_state_dict
 from sdkit.unet import UNet2DConditionModel
 from sdkit.vae import AutoencoderKL

@@ -90,7 +90,7 @@ def main(
     ),
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
     steps: Annotated[int, typer.Option(help="Training steps of 16 pictures, the whole VAE.")] = 4200,
-    decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.")] = 2500,
+    decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.")] = 1500,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; the decoder alone: half.")] = 2e-3,
 ) -> None:
     """Train the VAE; a killed run goes on where it stopped."""

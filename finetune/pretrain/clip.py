@@ -137,7 +137,7 @@ def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 8, count
 
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, results.")] = Path("build/tabletop"),
-    steps: Annotated[int, typer.Option(help="Training steps of 128 pictures.")] = 1200,
+    steps: Annotated[int, typer.Option(help="Training steps of 128 pictures.")] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""

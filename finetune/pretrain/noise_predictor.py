@@ -8,6 +8,7 @@ what contrastive training made it, so that the image encoder still fits. Ends by
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,8 +69,10 @@ PROMPTS = (
 
 @torch.no_grad()
 def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
-    """The posterior's mean of every picture, scaled, float16 [N, 4, h, w]; kept on disk."""
-    file = folder / "latents.pt"
+    """The posterior's mean of every picture, scaled, float16 [N, 4, h, w]; kept on disk, under the encoder's hash."""
+    weights = b"".join(value.numpy().tobytes() for value in vae.encoder.state_dict().values())
+    key = hashlib.sha256(weights + f"{vae.config.scaling_factor} {len(pictures)}".encode()).hexdigest()[:12]
+    file = folder / f"latents-{key}.pt"
     if not file.exists():
         parts: list[Tensor] = []
         for index in tqdm(torch.arange(len(pictures)).split(64), desc="encode", mininterval=5.0):
@@ -122,7 +125,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, sheets, results.")] = Path(
         "build/tabletop"
     ),
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 12_000,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 9200,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
 ) -> None:
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""

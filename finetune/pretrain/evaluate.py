@@ -154,7 +154,7 @@ def measure(sd: StableDiffusion, probe: Probe, seed: int, guidance: float, steps
         two, draw(sd, probe, captions(two, PROMPT_SEED + 2), seed, guidance, steps)
     )
     for name, sides in (("left and right", ("left", "right")), ("in front and behind", ("front", "behind"))):
-        pairs, chosen, texts = relation_prompts(100, sides)
+        pairs, chosen, texts = relation_prompts(60, sides)
         figures[f"{name}, where both are there (chance 50)"] = relation_right(
             pairs, chosen, draw(sd, probe, texts, seed, guidance, steps)
         )

@@ -159,7 +159,7 @@ def load_probe(file: Path = WEIGHTS) -> Probe:
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures and checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 9000,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 12_000,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
 ) -> None:
     """Train the probe; a killed run goes on where it stopped."""

@@ -202,7 +202,10 @@ def main(
         raise typer.BadParameter(f"{readme}: expected a model card with {START} and {END}; see --no-card")
     sd, probe = StableDiffusion.from_pretrained(model, device="cpu"), load_probe()
     chosen = [1_000 * (k + 1) for k in range(seeds)]
-    runs = [measure(sd, probe, seed, guidance, steps) for seed in chosen]
+    runs: list[dict[str, float]] = []
+    for seed in chosen:
+        runs.append(measure(sd, probe, seed, guidance, steps))
+        print(table(runs[-1:], [seed]), flush=True)
     clip, tokenizer = reconstruct_clip(model)
     once = {
         "VAE: PSNR of unseen renders, dB": test_psnr(sd.vae),

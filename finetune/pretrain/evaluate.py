@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -188,6 +189,13 @@ def table(runs: Sequence[dict[str, float]], seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def draw_grid(sd: StableDiffusion, guidance: float, steps: int) -> Image.Image:
+    """A picture of each prompt of GRID; a star marks a pair that training never showed."""
+    images = sd.text_to_image(GRID, num_inference_steps=steps, guidance_scale=guidance, seed=1, progress=False).images
+    marked = [f"{p} *" if any(pair in HELD_OUT for pair in pairwise(p.split())) else p for p in GRID]
+    return grid([image.resize((2 * SIZE, 2 * SIZE)) for image in images], 8, marked)
+
+
 def main(
     model: Annotated[Path, typer.Argument(help="The model's folder, with its README.md.")] = MODELS / "tabletop",
     seeds: Annotated[int, typer.Option(help="How many sampling seeds.")] = 3,
@@ -215,9 +223,7 @@ def main(
     print(text)
     if not card:
         return
-    images = sd.text_to_image(GRID, num_inference_steps=steps, guidance_scale=guidance, seed=1, progress=False).images
-    marked = [f"{p} *" if any(pair in HELD_OUT for pair in pairwise(p.split())) else p for p in GRID]
-    grid([image.resize((2 * SIZE, 2 * SIZE)) for image in images], 8, marked).save(model / "grid.png", optimize=True)
+    draw_grid(sd, guidance, steps).save(model / "grid.png", optimize=True)
     facts = {
         "guidance": guidance,
         "steps": steps,

@@ -1,8 +1,8 @@
 """Train the VAE of the shipped model on tabletop pictures: ``python -m finetune.pretrain.autoencoder``.
 
-Loss: mean squared error + 0.1 mean absolute error + a small KL term, on samples of the posterior, in bfloat16
-autocast. Then the encoder is frozen and the decoder goes on alone, on the posterior's mean, which is what the noise
-predictor learns to make. The scaling factor gives latents of the training pictures a standard deviation of 1.
+Loss: mean squared error + 0.1 mean absolute error + a small KL term, on samples of the posterior. Then the encoder is
+frozen and the decoder goes on alone, on the posterior's mean, which is what the noise predictor learns to make. The
+scaling factor gives latents of the training pictures a standard deviation of 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.pretrain.pictures import SIZE, Pictures, to_bytes, training_pictures
 from finetune.pretrain.tabletop import render, sample_scenes
-from finetune.pretrain.training import MovingAverage, Recipe, generator, train
+from finetune.pretrain.training import MovingAverage, Recipe, autocast, generator, train
 from sdkit.config import VAEConfig
 from sdkit.image import grid, to_pil
 from sdkit.vae import AutoencoderKL
@@ -38,7 +38,7 @@ TEST_SEED = 1_000_001
 
 def reconstruction_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """The loss of the whole VAE on pictures x [B, 3, H, W] in [-1, 1], and the PSNR in dB of the batch."""
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast():
         posterior = vae.encode(x)
         posterior = replace(posterior, mean=posterior.mean.float(), logvar=posterior.logvar.float())
         reconstruction = vae.decode(posterior.sample(noise)).float()
@@ -49,7 +49,7 @@ def reconstruction_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -
 
 def decoder_loss(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The loss of the decoder on the posterior's mean; the encoder gets no gradient."""
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast():
         with torch.no_grad():
             z = vae.encode(x).mode().float()
         reconstruction = vae.decode(z).float()

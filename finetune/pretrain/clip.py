@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.pretrain.pictures import SIZE, training_pictures
 from finetune.pretrain.tabletop import Scenes, captions, equivalent_key, render, sample_scenes
-from finetune.pretrain.training import Recipe, generator, train
+from finetune.pretrain.training import Recipe, autocast, generator, train
 from sdkit.checkpoint import text_config
 from sdkit.config import read_json
 from sdkit.text import build_text_encoder, load_text_state, load_tokenizer, pooled, text_state_dict
@@ -158,7 +158,7 @@ def main(
             pair = torch.randperm(pictures.pairs, generator=rng)[:PAIRS]
             index[: 2 * PAIRS] = torch.cat([pair, pair + len(pictures) - pictures.pairs])
         texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             image = embed_images(model, pictures.pixels(index))
             text = embed_text(model.text_model, tokenize(tokenizer, texts))
         return contrast(image, text, model.logit_scale)

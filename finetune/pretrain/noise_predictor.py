@@ -1,7 +1,8 @@
 """Train the UNet of the shipped model on latents and captions: ``python -m finetune.pretrain.noise_predictor``.
 
-v prediction with min-SNR weighting (arXiv 2303.09556, gamma 5), captions dropped one time in ten so that guidance
-works, moving average of the weights. The text encoder goes on learning with the UNet, its pooled output held to
+v prediction with min-SNR weighting (arXiv 2303.09556, gamma 5) that never falls below a floor: what stands where is
+decided at high noise, where the plain weight all but vanishes. Captions are dropped one time in ten so that guidance
+works; the weights' moving average is kept. The text encoder goes on learning with the UNet, its pooled output held to
 what contrastive training made it, so that the image encoder still fits. Ends by writing the whole model.
 """
 
@@ -24,8 +25,8 @@ from finetune.pretrain.autoencoder import load_vae
 from finetune.pretrain.clip import load_text_encoder, tokenize
 from finetune.pretrain.pictures import SIZE, Pictures, training_pictures
 from finetune.pretrain.tabletop import captions
-from finetune.pretrain.training import MovingAverage, Recipe, generator, save_atomically, train
-from sdkit.checkpoint import Components, save_folder
+from finetune.pretrain.training import MovingAverage, Recipe, autocast, generator, save_atomically, train
+from sdkit.checkpoint import Components, load_folder, save_folder
 from sdkit.config import UNetConfig
 from sdkit.denoise import denoise
 from sdkit.guidance import Guidance
@@ -57,6 +58,8 @@ SCHEDULER: dict[str, Any] = {
 BATCH = 32
 DROPOUT = 0.1
 GAMMA = 5.0
+FLOOR = 0.4  # least weight of a timestep
+COUNTS = (0.36, 0.5, 0.14)  # share of pictures with one, two and three objects
 ANCHOR = 1.0
 PROMPTS = (
     "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone", "a white sphere",
@@ -76,7 +79,7 @@ def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
     if not file.exists():
         parts: list[Tensor] = []
         for index in tqdm(torch.arange(len(pictures)).split(64), desc="encode", mininterval=5.0):
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 mean = vae.encode(pictures.pixels(index)).mode()
             parts.append((mean.float() * vae.config.scaling_factor).half())
         save_atomically(torch.cat(parts), file)
@@ -97,10 +100,24 @@ class TextConditioned(nn.Module):
         return self.unet(sample, timestep, hidden), pooled(hidden, ids, int(ids[0, -1]))
 
 
-def min_snr_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Weight of the squared error of v at timesteps t: min(snr, GAMMA) / (snr + 1) (arXiv 2303.09556)."""
+def loss_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Weight of v's squared error at timesteps t: min(snr, GAMMA) / (snr + 1) (arXiv 2303.09556), but never below
+    FLOOR where there is more noise than picture."""
     snr = schedule.snr(t).float()
-    return snr.clamp(max=GAMMA) / (snr + 1)
+    weight = snr.clamp(max=GAMMA) / (snr + 1)
+    return torch.where(snr < 1, weight.clamp(min=FLOOR), weight)
+
+
+def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:
+    """Indices [BATCH] of pictures, drawn so that COUNTS holds; ``count`` [N] is how many objects each shows."""
+    weights = torch.tensor(COUNTS) / count.bincount(minlength=4)[1:]
+    return torch.multinomial(weights[count - 1], BATCH, replacement=True, generator=rng)
+
+
+def draw_timesteps(total: int, rng: torch.Generator) -> Tensor:
+    """Timesteps [BATCH], one from each of BATCH equal parts of the schedule, in random order."""
+    places = (torch.randperm(BATCH, generator=rng) + torch.rand(BATCH, generator=rng)) / BATCH
+    return (places * total).long().clamp(max=total - 1)
 
 
 @torch.no_grad()
@@ -125,7 +142,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, sheets, results.")] = Path(
         "build/tabletop"
     ),
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 9200,
+    init: Annotated[Path | None, typer.Option(help="A model of this kind to go on from; else from nothing.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 19_200,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
 ) -> None:
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
@@ -139,28 +157,32 @@ def main(
     anchor = load_text_encoder(work / "clip").eval().requires_grad_(False)
     anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
     model = TextConditioned(UNet2DConditionModel(CONFIG), copy.deepcopy(anchor).requires_grad_(True))
+    if init is not None:
+        earlier = load_folder(init, dtype=torch.float32)
+        model.unet.load_state_dict(earlier.unet.state_dict())
+        model.text_encoder.load_state_dict(earlier.text_encoder.state_dict())
     schedule = NoiseSchedule(prediction_type="v_prediction")
     alphas = schedule.alphas_cumprod.float()
     length = anchor.config.max_position_embeddings
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = generator(6, step)
-        index = torch.randint(len(pictures), (BATCH,), generator=rng)
+        index = draw_pictures(pictures.scenes.count, rng)
         x0 = latents[index].float()
         noise = torch.randn(x0.shape, generator=rng)
         texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
         dropped = torch.rand(BATCH, generator=rng) < DROPOUT
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
         ids = tokenize(tokenizer, texts, length)
-        t = torch.randint(schedule.num_train_timesteps, (BATCH,), generator=rng)
+        t = draw_timesteps(schedule.num_train_timesteps, rng)
         x_t, target = sdkernels.add_noise(x0, noise, t, alphas, "v_prediction")
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             prediction, summary = model(x_t, t, ids)
             with torch.no_grad():
                 wanted = pooled(anchor(input_ids=ids).last_hidden_state, ids, int(ids[0, -1]))
         error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
         held = F.mse_loss(summary.float(), wanted.float())
-        mse = (min_snr_weight(schedule, t) * error).mean()
+        mse = (loss_weight(schedule, t) * error).mean()
         return mse + ANCHOR * held, {"mse": error.mean().item(), "anchor": held.item()}
 
     def with_average(average: MovingAverage | None) -> TextConditioned:
@@ -172,7 +194,7 @@ def main(
     def sample(step: int, average: MovingAverage | None) -> None:
         sample_sheet(with_average(average), vae, tokenizer, schedule).save(folder / f"sheet-{step:06d}.png")
 
-    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=300, decay_from=0.5, ema_decay=0.999)
+    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=300, decay_from=0.4, ema_decay=0.999)
     average = train(
         model,
         loss,

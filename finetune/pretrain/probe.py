@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.pretrain.pictures import SIZE, training_pictures
 from finetune.pretrain.tabletop import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, render, sample_scenes
-from finetune.pretrain.training import Recipe, generator, train
+from finetune.pretrain.training import Recipe, autocast, generator, train
 from sdkit.weights import give_weights, read_state, write_state
 
 WEIGHTS = Path(__file__).parent / "probe.safetensors"
@@ -175,7 +175,7 @@ def main(
         other = torch.randint(len(extra), (BATCH // 8,), generator=rng)
         x = torch.cat([pictures.pixels(index), extra[other]])
         x = x + 0.03 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out = probe(x)
         return matched_loss(out, Scenes.cat([pictures.scenes[index], held_out[other]])), {}
 

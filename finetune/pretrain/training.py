@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ class Recipe:
         start = self.decay_from * self.steps
         progress = max(0.0, (step - start) / max(1.0, self.steps - start))
         return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def autocast() -> AbstractContextManager[None]:
+    """bfloat16 autocast where the processor multiplies bfloat16, else float32: emulated, it is 100 times slower."""
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16) if native else nullcontext()
 
 
 def generator(seed: int, step: int) -> torch.Generator:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.pretrain.autoencoder import CONFIG, psnr, reconstruction_loss
 from finetune.pretrain.clip import contrast, distinct_scenes
-from finetune.pretrain.noise_predictor import min_snr_weight
+from finetune.pretrain.noise_predictor import BATCH, COUNTS, FLOOR, draw_pictures, draw_timesteps, loss_weight
 from finetune.pretrain.probe import HEADS, NONE, Probe, look, matched_loss
 from finetune.pretrain.tabletop import COLORS, SHAPES, Scenes, equivalent_key, sample_scenes
 from finetune.pretrain.training import MovingAverage, Recipe, generator, train
@@ -81,13 +81,26 @@ def test_the_moving_average_follows_its_definition() -> None:
     assert module.weight.item() == pytest.approx(expected)
 
 
-def test_min_snr_weights_v_as_it_weights_epsilon() -> None:
+def test_min_snr_weights_v_as_it_weights_epsilon_down_to_a_floor() -> None:
     """An error e of v is an error of x0 of sqrt(1 - acp) e, and the weight on x0 is min(snr, 5)."""
     schedule = NoiseSchedule(prediction_type="v_prediction")
     t = torch.tensor([0, 200, 500, 999])
     acp = schedule.alphas_cumprod[t]
     snr = acp / (1 - acp)
-    assert torch.allclose(min_snr_weight(schedule, t).double(), snr.clamp(max=5) * (1 - acp), rtol=1e-5)
+    expected = snr.clamp(max=5) * (1 - acp)
+    expected[2:] = FLOOR
+    assert acp[2] < FLOOR < acp[1] and torch.allclose(loss_weight(schedule, t).double(), expected, rtol=1e-5)
+
+
+def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() -> None:
+    count = torch.tensor([1] * 700 + [2] * 200 + [3] * 100)
+    drawn = torch.cat([count[draw_pictures(count, generator(3, k))] for k in range(100)])
+    shares = drawn.bincount(minlength=4)[1:] / len(drawn)
+    assert torch.allclose(shares, torch.tensor(COUNTS), atol=0.03)  # 3 standard errors of 3200 draws
+    t = torch.stack([draw_timesteps(1000, generator(4, k)) for k in range(300)])
+    assert t.min() == 0 and t.max() == 999
+    parts = (t.float() * BATCH / 1000).floor().sort(1).values
+    assert (parts - torch.arange(BATCH)).abs().max() <= 1 and t[:, 0].float().mean().sub(499.5).abs() < 60
 
 
 def test_contrast_is_smallest_where_pairs_match() -> None:

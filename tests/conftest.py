@@ -1,12 +1,19 @@
-"""What every test folder shares: weights that depend on names alone, and the skipping of GPU tests without a GPU."""
+"""What every test folder shares: weights that depend on names alone, and the skipping of GPU tests without a GPU.
+
+Without a GPU the kernels run in Triton's interpreter, which has to be said before triton is imported.
+"""
 
 import hashlib
+import os
 import re
 from typing import TypeVar
 
 import pytest
 import torch
 from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 M = TypeVar("M", bound=nn.Module)
 

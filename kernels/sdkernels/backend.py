@@ -1,7 +1,11 @@
-"""Which implementation runs: "auto" (a Triton kernel where there is one for the input), "triton" or "eager".
+"""Which implementation runs, and what every Triton op needs from its surroundings.
 
-The environment variable ``SDKERNELS_BACKEND`` sets it for the process; ``with backend("eager"):`` for a block.
-The setting belongs to the process, not to a thread.
+"auto" takes a Triton kernel where there is one for the input, "triton" insists on it, "eager" takes the definition in
+``reference.py``. The environment variable ``SDKERNELS_BACKEND`` sets it for the process; ``with backend("eager"):`` for
+a block. The setting belongs to the process, not to a thread.
+
+A kernel runs on tensors of an NVIDIA GPU. With ``TRITON_INTERPRET=1``, set before triton is imported, "triton" also runs
+on CPU tensors, slowly, in Triton's interpreter: that is how the kernels are tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -9,20 +13,35 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS = ("auto", "triton", "eager")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")  # of our operators; the folder may be loaded twice
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnsupportedError(RuntimeError):
     """Under "triton": the op has no kernel for this input; the message names the op and the reason."""
 
 
+class Device(NamedTuple):
+    """What a launch depends on."""
+
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+
+
 _current: str | None = None  # None: what the environment says
+_simulated: Device | None = None
+_MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # T4 A100 3090 4090 H100 B200 5090
 
 
 def _checked(name: str, where: str) -> str:
@@ -45,6 +64,97 @@ def backend(name: str) -> Generator[None]:
         yield
     finally:
         _current = before
+
+
+@contextmanager
+def simulate(capability: int) -> Generator[None]:
+    """Inside the block, tensors on the meta device count as lying on a GPU of this capability (90 for sm_90).
+
+    For ``compile_report``, which notes the launches and compiles them.
+    """
+    global _simulated
+    before, _simulated = _simulated, Device(capability, _MULTIPROCESSORS[capability])
+    try:
+        yield
+    finally:
+        _simulated = before
+
+
+def device_of(x: Tensor) -> Device:
+    """The GPU that x lies on; an H100's figures under the interpreter."""
+    if _simulated is not None:
+        return _simulated
+    return Device(90, 132) if x.device.type == "cpu" else _gpu(x.device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return Device(10 * found.major + found.minor, found.multi_processor_count)
+
+
+def use_kernel(op: str, why_not: str | None, *tensors: Tensor | None) -> bool:
+    """Whether ``op`` runs its kernel on ``tensors``, the first of which decides the device.
+
+    ``why_not`` is the op's own reason against it. Raises UnsupportedError under "triton" when there is one.
+    """
+    choice = current()
+    if choice == "eager":
+        return False
+    first, *others = [t for t in tensors if t is not None]
+    if choice == "auto" and first.device.type != "cuda":
+        return False
+    reason = why_not or _why_not(first, others)
+    if reason is None:
+        return True
+    if choice == "auto":
+        return False
+    raise UnsupportedError(f'{op}: {reason}; use backend "auto" or "eager"')
+
+
+def _why_not(first: Tensor, others: list[Tensor]) -> str | None:
+    device = first.device
+    if device.type == "cpu" and not INTERPRETED:
+        return "its kernel needs a CUDA device (or TRITON_INTERPRET=1), and the input is on the CPU"
+    if device.type not in ("cuda", "cpu") and not (device.type == "meta" and _simulated is not None):
+        return f"its kernel needs a CUDA device, and the input is on {device}"
+    for t in (first, *others):
+        if t.device != device:
+            return f"its inputs are on {device} and {t.device}"
+        if t.is_floating_point() and t.dtype not in DTYPES:
+            return f"its kernel takes float32, float16 and bfloat16, not {t.dtype}"
+        if t.dtype == torch.bfloat16 and device.type == "cpu":
+            return "Triton's interpreter computes bfloat16 wrongly"
+        if t.dtype == torch.bfloat16 and device_of(first).capability < 80:
+            return f"bfloat16 needs compute capability 8.0, and {device} has {device_of(first).capability / 10}"
+        if t.numel() == 0:
+            return "an input is empty"
+    return None
+
+
+def opaque(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a launcher one operator for torch.compile; ``fake`` returns empty tensors like its results.
+
+    Outside of torch.compile the launcher is called directly: an operator's dispatch costs more than a launch. The first
+    argument is a tensor, and its device is made the current one.
+    """
+
+    def decorate(launch: Callable[P, R]) -> Callable[P, R]:
+        operator: Any = torch.library.custom_op(f"{NAMESPACE}::{launch.__name__}", launch, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(launch)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                return operator(*args, **kwargs)
+            device: torch.device = args[0].device  # type: ignore[attr-defined]
+            other = device.type == "cuda" and device.index != torch.cuda.current_device()
+            with torch.cuda.device(device) if other else nullcontext():
+                return launch(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def reference_only(op: Callable[P, R]) -> Callable[P, R]:

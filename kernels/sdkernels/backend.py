@@ -4,8 +4,8 @@
 ``reference.py``. The environment variable ``SDKERNELS_BACKEND`` sets it for the process; ``with backend("eager"):`` for
 a block. The setting belongs to the process, not to a thread.
 
-A kernel runs on tensors of an NVIDIA GPU. With ``TRITON_INTERPRET=1``, set before triton is imported, "triton" also runs
-on CPU tensors, slowly, in Triton's interpreter: that is how the kernels are tested where there is no GPU.
+A kernel runs on tensors of an NVIDIA GPU. With ``TRITON_INTERPRET=1``, set before triton is imported, "triton" also
+runs on CPU tensors, slowly, in Triton's interpreter: that is how the kernels are tested where there is no GPU.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ guidance) and 8; odd cases are small and awkward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ class OpSpec:
         make: (draw, mean, **sizes) -> the op's arguments by name, floating ones in float64.
         hot, odd: the cases.
         gradients: names of the arguments that have a gradient.
-        flops: sizes -> floating-point operations of a forward pass that matter (matrix products count 2 a multiply-add).
-        fixed: names of tensors that keep their dtype (tables in float64, indices).
+        flops: sizes -> floating-point operations of the forward's matrix products, 2 a multiply-add.
+        fixed: floating tensors that have their own dtype whatever the case's.
     """
 
     name: str
@@ -47,7 +47,7 @@ class OpSpec:
     odd: tuple[Case, ...]
     gradients: tuple[str, ...] = ()
     flops: Callable[..., int] = lambda **_: 0
-    fixed: tuple[str, ...] = ()
+    fixed: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
 
     def inputs(
         self, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0, mean: float = 0.0
@@ -64,7 +64,7 @@ class OpSpec:
         def place(name: str, value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value.to(device, dtype if value.is_floating_point() and name not in self.fixed else None)
+            return value.to(device, self.fixed.get(name, dtype) if value.is_floating_point() else None)
 
         return {name: place(name, value) for name, value in self.make(draw, mean, **case.sizes).items()}
 
@@ -84,6 +84,54 @@ def _geglu(draw: Draw, mean: float, rows: int, width: int) -> Inputs:
     return {"x": draw(rows, 2 * width, mean=min(mean, 3.0))}
 
 
+def _layer_norm(draw: Draw, mean: float, rows: int, width: int, affine: bool = True, residual: bool = False) -> Inputs:
+    return {
+        "x": draw(rows, width, mean=mean),
+        "weight": draw(width, mean=1.0, std=0.2) if affine else None,
+        "bias": draw(width, std=0.2) if affine else None,
+        "residual": draw(rows, width) if residual else None,
+    }
+
+
+def _lora_linear(
+    draw: Draw, mean: float, rows: int, width: int, out: int, rank: int, bias: bool = True, scale: float | None = None
+) -> Inputs:
+    return {
+        "x": draw(rows, width, mean=min(mean, 1.0)),
+        "weight": draw(out, width, std=width**-0.5),
+        "bias": draw(out, std=0.2) if bias else None,
+        "a": draw(rank, width, std=width**-0.5),
+        "b": draw(out, rank, std=rank**-0.5),
+        "scale": draw(mean=0.7, std=0.0) if scale is None else scale,
+    }
+
+
+def _add_noise(draw: Draw, mean: float, batch: int, shape: tuple[int, ...], kind: str, steps: int = 1000) -> Inputs:
+    x0 = draw(batch, *shape, mean=mean)
+    return {
+        "x0": x0,
+        "noise": draw(batch, *shape),
+        "t": (torch.arange(batch, device=x0.device) * 7919 + 3) % steps,
+        "alphas_cumprod": torch.linspace(0.999, 0.001, steps, dtype=torch.float64, device=x0.device),
+        "prediction_type": kind,
+    }
+
+
+def _sampler_step(
+    draw: Draw, mean: float, registers: int, shape: tuple[int, ...], guided: str = "both", noise: bool = False,
+    step: int = 1,
+) -> Inputs:  # fmt: skip
+    return {
+        "registers": draw(registers, *shape, mean=mean),
+        "uncond": None if guided == "cond" else draw(*shape),
+        "cond": None if guided == "uncond" else draw(*shape),
+        "noise": draw(*shape) if noise else None,
+        "coefficients": draw(3, registers, registers + 2),
+        "step": step,
+        "guidance_scale": 7.5,
+    }
+
+
 OPS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
@@ -97,12 +145,128 @@ OPS: dict[str, OpSpec] = {
                 for side, c in ((top, 320), (top // 2, 640), (top // 4, 1280))
             ),
             odd=_cases(
-                one={"rows": 1, "width": 1}, odd={"rows": 5, "width": 7}, c40={"rows": 3, "width": 160},
-                block={"rows": 2, "width": 1024}, over={"rows": 2, "width": 1025}, c33={"rows": 77, "width": 33},
-                c96={"rows": 7, "width": 96}, c320={"rows": 3, "width": 320}, c1280={"rows": 2, "width": 1280},
-                narrow={"rows": 35, "width": 2}, c31={"rows": 4, "width": 31}, tall={"rows": 129, "width": 5},
+                one={"rows": 1, "width": 1},
+                odd={"rows": 5, "width": 7},
+                c40={"rows": 3, "width": 160},
+                block={"rows": 2, "width": 1024},
+                over={"rows": 2, "width": 1025},
+                c33={"rows": 77, "width": 33},
+                c96={"rows": 7, "width": 96},
+                c320={"rows": 3, "width": 320},
+                c1280={"rows": 2, "width": 1280},
+                narrow={"rows": 35, "width": 2},
+                c31={"rows": 4, "width": 31},
+                tall={"rows": 129, "width": 5},
             ),
             gradients=("x",),
         ),
+        OpSpec(
+            name="layer_norm",
+            make=_layer_norm,
+            hot=tuple(
+                Case(f"{model} b{batch} {side}x{side} {c}", {"rows": batch * side * side, "width": c, "residual": True})
+                for model, top in (("sd1", 64), ("sd2", 96))
+                for batch in (2, 8)
+                for side, c in ((top, 320), (top // 2, 640), (top // 4, 1280))
+            ),
+            odd=_cases(
+                one={"rows": 1, "width": 2},
+                odd={"rows": 5, "width": 7},
+                c40={"rows": 3, "width": 40},
+                sum={"rows": 5, "width": 33, "residual": True},
+                plain={"rows": 4, "width": 31, "affine": False},
+                c77={"rows": 77, "width": 33},
+                c96={"rows": 7, "width": 96},
+                c320={"rows": 9, "width": 320},
+                c1280={"rows": 2, "width": 1280},
+                block={"rows": 3, "width": 64},
+                over={"rows": 3, "width": 65},
+                tall={"rows": 257, "width": 16, "residual": True},
+            ),
+            gradients=("x", "weight", "bias", "residual"),
+        ),
+        OpSpec(
+            name="lora_linear",
+            make=_lora_linear,
+            hot=tuple(
+                Case(
+                    f"sd1 b{batch} {side}x{side} {c} to {out} rank {rank}",
+                    {"rows": batch * side * side, "width": c, "out": out, "rank": rank, "bias": out != c},
+                )
+                for batch in (2, 8)
+                for rank in (16, 64)
+                for side, c in ((64, 320), (32, 640), (16, 1280))
+                for out in (c, 8 * c)
+            ),
+            odd=_cases(
+                one={"rows": 1, "width": 1, "out": 1, "rank": 1},
+                odd={"rows": 5, "width": 7, "out": 3, "rank": 2},
+                c40={"rows": 9, "width": 40, "out": 40, "rank": 4},
+                wide={"rows": 3, "width": 33, "out": 70, "rank": 5},
+                c77={"rows": 77, "width": 33, "out": 31, "rank": 16},
+                more={"rows": 6, "width": 20, "out": 24, "rank": 17},
+                c96={"rows": 65, "width": 96, "out": 65, "rank": 8},
+                c320={"rows": 7, "width": 320, "out": 40, "rank": 8},
+                plain={"rows": 5, "width": 64, "out": 64, "rank": 4, "bias": False},
+                number={"rows": 5, "width": 16, "out": 16, "rank": 4, "scale": -1.5},
+                tall={"rows": 131, "width": 16, "out": 8, "rank": 3},
+                r40={"rows": 5, "width": 17, "out": 9, "rank": 40},
+            ),
+            gradients=("x", "weight", "bias", "a", "b", "scale"),
+            flops=lambda rows, width, out, rank, **_: 2 * rows * (width * out + rank * (width + out)),
+        ),
+        OpSpec(
+            name="add_noise",
+            make=_add_noise,
+            hot=tuple(
+                Case(f"{model} b{batch} {kind}", {"batch": batch, "shape": (4, side, side), "kind": kind})
+                for model, side in (("sd1", 64), ("sd2", 96))
+                for batch in (2, 8, 256)
+                for kind in ("epsilon", "v_prediction")
+            ),
+            odd=_cases(
+                one={"batch": 1, "shape": (1,), "kind": "epsilon"},
+                odd={"batch": 5, "shape": (7,), "kind": "v_prediction"},
+                flat={"batch": 3, "shape": (), "kind": "v_prediction"},
+                epsilon={"batch": 2, "shape": (4, 5, 7), "kind": "epsilon"},
+                sample={"batch": 2, "shape": (4, 5, 7), "kind": "sample"},
+                velocity={"batch": 2, "shape": (4, 5, 7), "kind": "v_prediction"},
+                block={"batch": 2, "shape": (1024,), "kind": "v_prediction"},
+                over={"batch": 2, "shape": (1025,), "kind": "v_prediction"},
+                c40={"batch": 3, "shape": (40, 3), "kind": "epsilon"},
+                c96={"batch": 2, "shape": (96, 5), "kind": "sample"},
+                many={"batch": 77, "shape": (33,), "kind": "v_prediction"},
+                short={"batch": 4, "shape": (4, 3, 3), "kind": "v_prediction", "steps": 2},
+            ),
+            fixed={"alphas_cumprod": torch.float64},
+        ),
+        OpSpec(
+            name="sampler_step",
+            make=_sampler_step,
+            hot=tuple(
+                Case(
+                    f"{model} b{batch} {registers} registers{' noise' if noise else ''}",
+                    {"registers": registers, "shape": (batch, 4, side, side), "noise": noise},
+                )
+                for model, side in (("sd1", 64), ("sd2", 96))
+                for batch in (1, 4, 512)
+                for registers, noise in ((1, False), (1, True), (3, False))
+            ),
+            odd=_cases(
+                one={"registers": 1, "shape": (1, 1)},
+                odd={"registers": 2, "shape": (5, 7)},
+                cond={"registers": 3, "shape": (2, 4, 5, 6), "guided": "cond"},
+                uncond={"registers": 3, "shape": (2, 4, 5, 6), "guided": "uncond", "noise": True},
+                noise={"registers": 2, "shape": (2, 4, 5, 7), "noise": True, "step": 2},
+                first={"registers": 4, "shape": (1, 4, 8, 8), "step": 0},
+                last={"registers": 1, "shape": (3, 33), "step": -1},
+                five={"registers": 5, "shape": (2, 40), "noise": True},
+                block={"registers": 2, "shape": (1, 1024)},
+                over={"registers": 2, "shape": (1, 1025), "noise": True},
+                seven={"registers": 7, "shape": (77, 3)},
+                c96={"registers": 3, "shape": (2, 96, 3)},
+            ),
+            fixed={"registers": torch.float32, "coefficients": torch.float64},
+        ),
     )
-}  # fmt: skip
+}

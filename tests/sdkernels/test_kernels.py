@@ -17,9 +17,7 @@ from sdkernels.registry import Case, Inputs, OpSpec
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
-CASES = [
-    pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in registry.OPS.values() for case in spec.odd
-]
+CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in registry.OPS.values() for case in spec.odd]
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +30,14 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def fresh(inputs: Inputs, with_gradient: tuple[str, ...]) -> Inputs:
+    """The same tensors as new leaves of the graph."""
+    return {k: v.detach().requires_grad_(k in with_gradient) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def evaluate(name: str, backend: str, spec: OpSpec, inputs: Inputs, upstream: list[Tensor] | None) -> list[Tensor]:
     """Outputs and, for random upstream gradients, the gradients of every differentiable input."""
-    leaves = {k: v.detach().requires_grad_(k in spec.gradients) if isinstance(v, Tensor) else v for k, v in inputs.items()}  # fmt: skip
+    leaves = fresh(inputs, spec.gradients)
     with sdkernels.backend(backend):
         out = getattr(sdkernels, name)(**leaves)
     outs = list(out) if isinstance(out, tuple) else [out]
@@ -46,12 +49,9 @@ def evaluate(name: str, backend: str, spec: OpSpec, inputs: Inputs, upstream: li
     return [o.detach() for o in outs] + list(grads)
 
 
-def exact(spec: OpSpec, inputs: Inputs) -> Inputs:
+def exact(inputs: Inputs) -> Inputs:
     """The same rounded values, in float64."""
-    return {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() and k not in spec.fixed else v
-        for k, v in inputs.items()
-    }
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def contiguous(inputs: Inputs) -> Inputs:
@@ -60,10 +60,10 @@ def contiguous(inputs: Inputs) -> Inputs:
 
 def check(spec: OpSpec, inputs: Inputs, dtype: torch.dtype) -> None:
     """Each result's largest error is at most twice eager's, plus one unit in the last place of the largest value."""
-    truth = evaluate(spec.name, "eager", spec, exact(spec, inputs), None)
+    truth = evaluate(spec.name, "eager", spec, exact(inputs), None)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype).to(t.device) for t in truth]
-    truth = evaluate(spec.name, "eager", spec, exact(spec, inputs), upstream)
+    truth = evaluate(spec.name, "eager", spec, exact(inputs), upstream)
     eager = evaluate(spec.name, "eager", spec, contiguous(inputs), upstream)
     ours = evaluate(spec.name, "triton", spec, inputs, upstream)
     names = [f"output {i}" for i in range(len(upstream))]
@@ -114,7 +114,7 @@ def test_torch_compile_sees_one_graph(spec: OpSpec) -> None:
         with sdkernels.backend(backend):
             results: list[list[Tensor]] = []
             for function in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
-                leaves = {k: v.clone().requires_grad_(k in wanted) if isinstance(v, Tensor) else v for k, v in inputs.items()}  # fmt: skip
+                leaves = fresh(inputs, spec.gradients)
                 value = function(**leaves)
                 grads = torch.autograd.grad(value, [leaves[k] for k in wanted]) if wanted else ()
                 results.append([value.detach(), *grads])

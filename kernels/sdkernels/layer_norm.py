@@ -1,0 +1,184 @@
+"""LayerNorm over the last dimension, with an optional residual added first (Ba et al., arXiv 1607.06450)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .backend import device_of, opaque, use_kernel
+
+LARGEST = 16384  # a row is held on chip
+
+
+@triton.jit
+def layer_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x, residual, y and total [rows, width]; weight and bias [width]; mean and rstd [rows]; a program: ROWS rows."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    offset = row[:, None] * width + column[None, :]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        total = (x + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)).to(
+            total_ptr.dtype.element_ty
+        )
+        tl.store(total_ptr + offset, total, mask=inside)
+        x = total.to(tl.float32)
+    mean = tl.sum(x, axis=1) / width
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y = y * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offset, y, mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    x_ptr, dy_ptr, dtotal_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x (what was normed), dy, dtotal and dx [rows, width]; mean and rstd [rows]; dweight and dbias [programs, width].
+
+    A program takes every so many tiles of ROWS rows and leaves its own sums for weight and bias.
+    """
+    column = tl.arange(0, BLOCK)
+    weight = tl.full([BLOCK], 1.0, tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        offset = row[:, None] * width + column[None, :]
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += tl.sum(dy * normed, axis=0)
+        dbias += tl.sum(dy, axis=0)
+        slope = dy * weight[None, :]
+        along_one = tl.sum(slope, axis=1) / width
+        along_x = tl.sum(slope * normed, axis=1) / width
+        dx = rstd[:, None] * (slope - along_one[:, None] - normed * along_x[:, None])
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offset, dx, mask=inside)
+    here = tl.program_id(0).to(tl.int64) * width + column
+    tl.store(dweight_ptr + here, dweight, mask=column < width)
+    tl.store(dbias_ptr + here, dbias, mask=column < width)
+
+
+def _tile(width: int) -> dict[str, Any]:
+    """Tiles of about 2048 elements, 16 a thread, and whole rows."""
+    block = max(32, triton.next_power_of_2(width))
+    rows = max(1, 2048 // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    statistics = x.new_empty(2, rows, dtype=torch.float32)
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), total, statistics[0].clone(), statistics[1].clone()
+
+
+@opaque(_fake_forward)
+def layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contiguous x and residual [..., C] -> norm, x + residual (empty without), mean and 1 / deviation of each row."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y, total = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    tile = _tile(width)
+    layer_norm_forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        x, residual, weight, bias, y, total, mean, rstd, rows, width, eps, **tile
+    )
+    return y, total, mean, rstd
+
+
+def _fake_backward(
+    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = x.new_empty(2, x.shape[-1], dtype=torch.float32)
+    return torch.empty_like(x), sums[0].clone(), sums[1].clone()
+
+
+@opaque(_fake_backward)
+def layer_norm_backward(
+    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what was normed (x's dtype), weight and bias (float32), from those of the norm and of the sum."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    tile = _tile(width)
+    programs = min(triton.cdiv(rows, tile["ROWS"]), 4 * device_of(x).multiprocessors)
+    dx = torch.empty_like(x)
+    dweight, dbias = (x.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
+    layer_norm_backward_kernel[(programs,)](
+        x, dy, dtotal, weight, mean, rstd, dx, dweight, dbias, rows, width, **tile
+    )  # fmt: skip
+    return dx, dweight.sum(0), dbias.sum(0)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x, residual, weight, bias = (None if t is None else t.contiguous() for t in (x, residual, weight, bias))
+        assert x is not None
+        y, total, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
+        ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
+        ctx.has_residual = residual is not None
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        more = dtotal.contiguous() if ctx.has_residual else None
+        dx, dweight, dbias = layer_norm_backward(x, dy.contiguous(), more, weight, mean, rstd)
+        return (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None,
+            dx if ctx.has_residual else None,
+        )
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension. With ``residual``: (norm(x + residual), x + residual).
+
+    x and residual [..., C]; weight and bias [C] of any float dtype; results in x's dtype. The kernel takes float32,
+    float16 and bfloat16, C up to 16384, statistics in float32. Differentiable in all tensors.
+    """
+    why_not = None
+    if x.shape[-1] > LARGEST:
+        why_not = f"its kernel takes rows of up to {LARGEST} elements, found {x.shape[-1]}"
+    elif residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        why_not = f"residual must be like x, found {tuple(residual.shape)} {residual.dtype}"
+    if not use_kernel("layer_norm", why_not, x, weight, bias, residual):
+        return reference.layer_norm(x, weight, bias, eps, residual)
+    y, total = _LayerNorm.apply(x, weight, bias, eps, residual)
+    return y if residual is None else (y, total)

@@ -1,0 +1,135 @@
+"""One step of any sampler in one launch: guidance, then one row of a sampling plan applied to its registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .backend import opaque, use_kernel
+
+BLOCK = 1024
+MOST_REGISTERS = 16
+
+
+@triton.jit(do_not_specialize=["step"])
+def sampler_step_forward_kernel(
+    registers_ptr, uncond_ptr, cond_ptr, noise_ptr, coefficients_ptr, step_ptr, step, next_ptr,
+    guidance, size, steps, R: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """registers and next [R, size]; uncond, cond and noise [size] or None; coefficients [steps, R, R + 2].
+
+    The row is ``step``, or what ``step_ptr`` points to, which a CUDA graph can advance. A program: BLOCK elements of
+    all registers. A step outside the table gives NaN.
+    """
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+    step = tl.where(step < 0, step + steps, step).to(tl.int64)
+    known = (step >= 0) & (step < steps)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    j = tl.arange(0, R_BLOCK)
+    old = tl.load(
+        registers_ptr + j[:, None].to(tl.int64) * size + place[None, :],
+        mask=(j < R)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    if uncond_ptr is None:
+        prediction = tl.load(cond_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    elif cond_ptr is None:
+        prediction = tl.load(uncond_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        uncond = tl.load(uncond_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        cond = tl.load(cond_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        prediction = uncond + guidance * (cond - uncond)
+    noise = tl.zeros([BLOCK], tl.float32)
+    if noise_ptr is not None:
+        noise = tl.load(noise_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    table = coefficients_ptr + step * (R * (R + 2))
+    for i in tl.static_range(R):
+        row = table + i * (R + 2)
+        weights = tl.load(row + j, mask=known & (j < R), other=0.0).to(tl.float32)
+        of_prediction = tl.load(row + R, mask=known, other=float("nan")).to(tl.float32)
+        new = tl.sum(weights[:, None] * old, axis=0) + of_prediction * prediction
+        if noise_ptr is not None:
+            new += tl.load(row + R + 1, mask=known, other=0.0).to(tl.float32) * noise
+        tl.store(next_ptr + tl.full([BLOCK], i, tl.int64) * size + place, new, mask=inside)
+
+
+def _fake(
+    registers: Tensor,
+    uncond: Tensor | None,
+    cond: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    step_tensor: Tensor | None,
+    step: int,
+    guidance_scale: float,
+) -> Tensor:
+    return torch.empty_like(registers)
+
+
+@opaque(_fake)
+def sampler_step_forward(
+    registers: Tensor,
+    uncond: Tensor | None,
+    cond: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    step_tensor: Tensor | None,
+    step: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Contiguous tensors; the row is ``step_tensor``'s if there is one, else ``step``. Returns the next registers."""
+    result = torch.empty_like(registers)
+    count, size = len(registers), registers[0].numel()
+    sampler_step_forward_kernel[(triton.cdiv(size, BLOCK),)](
+        registers, uncond, cond, noise, coefficients, step_tensor, step, result,
+        guidance_scale, size, len(coefficients),
+        R=count, R_BLOCK=triton.next_power_of_2(count), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+def sampler_step(
+    registers: Tensor,
+    uncond: Tensor | None,
+    cond: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    step: int | Tensor,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """One row of a sampling plan: guidance, then the linear update of every register, in one launch.
+
+    registers [R, B, ...] float32 or float64, register 0 the latent; uncond, cond and noise [B, ...]; coefficients
+    [K, R, R + 2]; ``step`` an int or a 0-d integer tensor, on the device if a CUDA graph is to advance it. The
+    prediction is uncond + guidance_scale (cond - uncond), or the one that is given where the other is None; noise None
+    counts as zero. Returns the next registers. The kernel takes float32 registers, up to 16 of them, and has no
+    gradient. Raises ValueError without a prediction. On a GPU a step outside the table gives NaN.
+    """
+    tensors = [t for t in (uncond, cond, noise) if t is not None]
+    why_not = None
+    if registers.dtype != torch.float32 or len(registers) > MOST_REGISTERS:
+        why_not = f"its kernel takes up to {MOST_REGISTERS} float32 registers"
+        why_not += f", found {len(registers)} of {registers.dtype}"
+    elif any(t.shape != registers.shape[1:] for t in tensors):
+        why_not = f"predictions and noise must have the shape {tuple(registers.shape[1:])} of a register"
+    elif any(t.requires_grad for t in (registers, *tensors)):
+        why_not = "its kernel has no gradient"
+    elif coefficients.device != registers.device:
+        why_not = f"coefficients lie on {coefficients.device}, the registers on {registers.device}"
+    nothing = uncond is None and cond is None
+    if nothing or not use_kernel("sampler_step", why_not, registers, *tensors):
+        return reference.sampler_step(registers, uncond, cond, noise, coefficients, step, guidance_scale)
+    on_device = isinstance(step, Tensor) and step.device == registers.device
+    return sampler_step_forward(
+        registers.contiguous(),
+        *(None if t is None else t.contiguous() for t in (uncond, cond, noise)),
+        coefficients.contiguous(),
+        step if isinstance(step, Tensor) and on_device else None,
+        0 if on_device else int(step),
+        guidance_scale,
+    )

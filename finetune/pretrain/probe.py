@@ -159,7 +159,8 @@ def load_probe(file: Path = WEIGHTS) -> Probe:
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures and checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 12_000,
+    init: Annotated[Path | None, typer.Option(help="A probe's weights to go on from; else from nothing.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 13_500,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
 ) -> None:
     """Train the probe; a killed run goes on where it stopped."""
@@ -167,7 +168,7 @@ def main(
     pictures = training_pictures(work)
     held_out = sample_scenes(4096, TEST_SEED - 1, held_out="only")  # so that no pair is strange to it
     extra = render(held_out, SIZE).images * 2 - 1
-    probe = Probe()
+    probe = Probe() if init is None else load_probe(init)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = generator(7, step)

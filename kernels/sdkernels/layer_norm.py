@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import device_of, opaque, use_kernel
+from .backend import Device, device_of, opaque, use_kernel
+from .tuned import Options, tunable
 
 LARGEST = 16384  # a row is held on chip
 
@@ -83,11 +84,26 @@ def layer_norm_backward_kernel(
     tl.store(dbias_ptr + here, dbias, mask=column < width)
 
 
-def _tile(width: int) -> dict[str, Any]:
-    """Tiles of about 2048 elements, 16 a thread, and whole rows."""
-    block = max(32, triton.next_power_of_2(width))
-    rows = max(1, 2048 // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
+CANDIDATES: tuple[Options, ...] = tuple(
+    {"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (2, 4, 8)
+)
+
+
+@tunable("layer_norm_forward", CANDIDATES)
+def _forward_tile(device: Device, dtype: torch.dtype, width: int) -> Options:
+    """Whole rows, in tiles of about 2048 elements, 16 a thread."""
+    rows = max(1, 2048 // triton.next_power_of_2(width))
+    return {"ROWS": rows, "num_warps": min(16, max(1, rows * triton.next_power_of_2(width) // 512))}
+
+
+@tunable("layer_norm_backward", CANDIDATES)
+def _backward_tile(device: Device, dtype: torch.dtype, width: int) -> Options:
+    """As forward."""
+    return _forward_tile.heuristic(device, dtype, width)
+
+
+def _block(width: int) -> int:
+    return max(32, triton.next_power_of_2(width))
 
 
 def _fake_forward(
@@ -108,9 +124,9 @@ def layer_norm_forward(
     rows = x.numel() // width
     y, total = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    tile = _tile(width)
+    tile = _forward_tile(device_of(x), x.dtype, width)
     layer_norm_forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, residual, weight, bias, y, total, mean, rstd, rows, width, eps, **tile
+        x, residual, weight, bias, y, total, mean, rstd, rows, width, eps, BLOCK=_block(width), **tile
     )
     return y, total, mean, rstd
 
@@ -129,12 +145,12 @@ def layer_norm_backward(
     """Gradients of what was normed (x's dtype), weight and bias (float32), from those of the norm and of the sum."""
     width = x.shape[-1]
     rows = x.numel() // width
-    tile = _tile(width)
+    tile = _backward_tile(device_of(x), x.dtype, width)
     programs = min(triton.cdiv(rows, tile["ROWS"]), 4 * device_of(x).multiprocessors)
     dx = torch.empty_like(x)
     dweight, dbias = (x.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
     layer_norm_backward_kernel[(programs,)](
-        x, dy, dtotal, weight, mean, rstd, dx, dweight, dbias, rows, width, **tile
+        x, dy, dtotal, weight, mean, rstd, dx, dweight, dbias, rows, width, BLOCK=_block(width), **tile
     )  # fmt: skip
     return dx, dweight.sum(0), dbias.sum(0)
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import current, device_of, opaque, use_kernel
+from .backend import Device, current, device_of, opaque, use_kernel
+from .tuned import Options, tunable
 
 LARGEST_RANK = 128
 
@@ -60,10 +61,19 @@ def lora_linear_forward_kernel(
     tl.store(y_ptr + m[:, None] * N + n[None, :], full, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def _tiles(x: Tensor, columns: int) -> dict[str, Any]:
+@tunable(
+    "lora_linear",
+    tuple(
+        {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
+        for bm, bn, bk, warps in (
+            (128, 128, 64, 8), (128, 128, 64, 4), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 256, 64, 8)
+        )
+        for stages in (3, 4)
+    ),
+)  # fmt: skip
+def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: int, rank: int) -> Options:
     """128 x 128 tiles where they fill the GPU, else smaller ones; float32 has no tensor cores to feed."""
-    rows, device = x.shape[0], device_of(x)
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
     stages = 3 if device.capability in (80, 90, 100) else 2  # shared memory: 164 to 228 KB, else 64 to 100
     choices = ((128, 128, 8), (128, 64, 4), (64, 64, 4))
@@ -85,7 +95,7 @@ def lora_linear_forward(
     """Contiguous x [M, K], weight [N, K], a [R, K], b [N, R] with any strides -> [M, N]."""
     (rows, width), columns, rank = x.shape, weight.shape[0], a.shape[0]
     y = x.new_empty(rows, columns)
-    tiles = _tiles(x, columns)
+    tiles = _tiles(device_of(x), x.dtype, rows, columns, width, rank)
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     lora_linear_forward_kernel[grid](
         x, weight, bias, a, b, scale_tensor, scale, y,

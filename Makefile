@@ -6,6 +6,7 @@ PYTHON ?= python3
 PROMPT ?= a large shiny red sphere behind a small blue cube on a wooden table
 OUT ?= out/picture.png
 WORKERS ?= auto
+PARTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,9 +37,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# One file that needs torch, triton, transformers and pytest alone: nothing is installed on the machine with the GPU.
+# Tests, sanitizer, tuning and timings with the packages that the machine with the GPU has: nothing is installed there.
+# PARTS picks some, see bench/gpu.py.
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
 
 tabletop: $(VENV)/test.stamp
 	$(BIN)/python -m finetune.pretrain.autoencoder

@@ -85,9 +85,10 @@ class BasicTransformerBlock(nn.Module):
         return [attn.key_value(context) for attn in (self.attn1, self.attn2) if attn.is_cross]
 
     def forward(self, x: Tensor, contexts: Iterator[KeyValue]) -> Tensor:
-        x = x + self.attn1(self.norm1(x), next(contexts) if self.attn1.is_cross else None)
-        x = x + self.attn2(self.norm2(x), next(contexts))
-        return x + self.ff(self.norm3(x))
+        h = self.attn1(self.norm1(x), next(contexts) if self.attn1.is_cross else None)
+        h, x = self.norm2.of_sum(x, h)
+        h, x = self.norm3.of_sum(x, self.attn2(h, next(contexts)))
+        return x + self.ff(h)
 
 
 class Transformer2DModel(nn.Module):

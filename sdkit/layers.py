@@ -26,6 +26,12 @@ class LayerNorm(nn.LayerNorm):
         assert isinstance(out, Tensor)
         return out
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual) in one pass."""
+        out = sdkernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+        assert isinstance(out, tuple)
+        return out
+
 
 def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of the timesteps: [B] -> [B, width], cosines first, in float32 (arXiv 2006.11239, appendix B)."""

@@ -122,6 +122,26 @@ def test_importing_sdkit_is_light():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+def test_the_kernels_distribution_beside_us_is_not_hidden(tmp_path: Path):
+    """Hugging Face's ``kernels`` owns that import name; our folder of that name, first on the path, leaves it be."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    paths = [str(ROOT), str(ROOT / "kernels"), str(tmp_path)]
+    code = f"import sys; sys.path[:0] = {paths}; import kernels, sdkernels; print(kernels.theirs, sdkernels.current())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path.parent)
+    assert result.stdout.split() == ["True", "auto"], result.stdout + result.stderr
+
+
+def test_the_kernel_folder_needs_nothing_of_ours(tmp_path: Path):
+    """It imports and runs with itself alone on the path."""
+    code = "import sys, sdkernels; print([m for m in sys.modules if m.split('.')[0] in ('sdkit', 'finetune')])"
+    folder = str(ROOT / "kernels")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": folder}
+    )
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
 def test_what_the_wheels_carry_is_there():
     """A wheel leaves a missing file out without a word."""
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]

@@ -143,7 +143,7 @@ def main(
         "build/tabletop"
     ),
     init: Annotated[Path | None, typer.Option(help="A model of this kind to go on from; else from nothing.")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 19_200,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 14_200,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
 ) -> None:
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""

@@ -5,22 +5,24 @@ from .backend import BACKENDS, UnsupportedError, backend, current, reference_onl
 
 try:
     from .add_noise import add_noise
+    from .cross_attention import cross_attention
     from .geglu import geglu
+    from .group_norm import group_norm
     from .layer_norm import layer_norm
     from .lora_linear import lora_linear
     from .sampler_step import sampler_step
+    from .self_attention import self_attention
 except ModuleNotFoundError as error:  # triton is published for Linux alone; elsewhere the definitions run
     if error.name != "triton":
         raise
     add_noise = reference_only(reference.add_noise)
+    cross_attention = reference_only(reference.cross_attention)
     geglu = reference_only(reference.geglu)
+    group_norm = reference_only(reference.group_norm)
     layer_norm = reference_only(reference.layer_norm)
     lora_linear = reference_only(reference.lora_linear)
     sampler_step = reference_only(reference.sampler_step)
-
-group_norm = reference_only(reference.group_norm)
-self_attention = reference_only(reference.self_attention)
-cross_attention = reference_only(reference.cross_attention)
+    self_attention = reference_only(reference.self_attention)
 
 __all__ = [
     "BACKENDS",

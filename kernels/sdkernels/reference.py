@@ -5,6 +5,8 @@ Shapes: B samples, C channels, H x W pixels; in attention N queries, M keys, H h
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,9 +50,29 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(q k^T scale) v; q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]."""
-    return self_attention(q, k, v, scale)
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, probabilities: Literal[False] = False
+) -> Tensor: ...
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, probabilities: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, probabilities: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T scale) v; q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D].
+
+    With ``probabilities``: (that, the softmax averaged over heads [B, N, M] in float32 at least), through which no
+    gradient flows.
+    """
+    out = self_attention(q, k, v, scale)
+    if not probabilities:
+        return out
+    with torch.no_grad():
+        work = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.einsum("bnhd,bmhd->bhnm", q.to(work), k.to(work))
+        return out, (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1).mean(dim=1)
 
 
 def geglu(x: Tensor) -> Tensor:

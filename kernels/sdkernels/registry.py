@@ -52,14 +52,14 @@ class OpSpec:
     def inputs(
         self, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0, mean: float = 0.0
     ) -> Inputs:
-        """The op's arguments for a case: the same values for every device, rounded to ``dtype``."""
-        generator = torch.Generator().manual_seed(seed)
+        """The op's arguments for a case, drawn on ``device`` and rounded to ``dtype``."""
         meta = torch.device(device).type == "meta"
+        generator = None if meta else torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
             if meta:
                 return torch.empty(shape, dtype=torch.float64, device="meta")
-            return mean + std * torch.randn(shape, generator=generator, dtype=torch.float64)
+            return mean + std * torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
 
         def place(name: str, value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -130,6 +130,25 @@ def _sampler_step(
         "step": step,
         "guidance_scale": 7.5,
     }
+
+
+def _attention(
+    draw: Draw, mean: float, batch: int, queries: int, keys: int, heads: int, width: int, **options: Any
+) -> Inputs:
+    q = draw(batch, queries, heads, width)
+    k, v = (draw(batch, keys, heads, width, mean=mean) for _ in range(2))
+    return {"q": q, "k": k, "v": v, **options}
+
+
+def _self_attention(draw: Draw, mean: float, tokens: int, **sizes: Any) -> Inputs:
+    return _attention(draw, mean, queries=tokens, keys=tokens, **sizes)
+
+
+# side of the latent, heads and their width at each level of the UNet
+_ATTENTION = {
+    "sd1": ((64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)),
+    "sd2": ((96, 5, 64), (48, 10, 64), (24, 20, 64), (12, 20, 64)),
+}
 
 
 OPS: dict[str, OpSpec] = {
@@ -267,6 +286,67 @@ OPS: dict[str, OpSpec] = {
                 c96={"registers": 3, "shape": (2, 96, 3)},
             ),
             fixed={"registers": torch.float32, "coefficients": torch.float64},
+        ),
+        OpSpec(
+            name="self_attention",
+            make=_self_attention,
+            hot=tuple(
+                Case(
+                    f"{model} b{batch} {side}x{side} {heads}x{width}",
+                    {"batch": batch, "tokens": side * side, "heads": heads, "width": width},
+                )
+                for model, levels in _ATTENTION.items()
+                for batch in (2, 8)
+                for side, heads, width in levels
+            ),
+            odd=_cases(
+                one={"batch": 1, "tokens": 1, "heads": 1, "width": 1},
+                odd={"batch": 1, "tokens": 35, "heads": 2, "width": 7},
+                d40={"batch": 2, "tokens": 33, "heads": 2, "width": 40},
+                d64={"batch": 1, "tokens": 77, "heads": 1, "width": 64, "scale": 0.3},
+                d80={"batch": 1, "tokens": 31, "heads": 1, "width": 80},
+                d160={"batch": 1, "tokens": 33, "heads": 1, "width": 160},
+                d256={"batch": 1, "tokens": 17, "heads": 1, "width": 256, "scale": 0.01},
+                d17={"batch": 1, "tokens": 64, "heads": 3, "width": 17},
+                d100={"batch": 1, "tokens": 65, "heads": 1, "width": 100},
+                block={"batch": 1, "tokens": 64, "heads": 1, "width": 40},
+                over={"batch": 1, "tokens": 65, "heads": 1, "width": 40},
+                long={"batch": 1, "tokens": 129, "heads": 1, "width": 16},
+                batch={"batch": 3, "tokens": 5, "heads": 2, "width": 32},
+            ),
+            gradients=("q", "k", "v"),
+            flops=lambda batch, tokens, heads, width, **_: 4 * batch * heads * width * tokens**2,
+        ),
+        OpSpec(
+            name="cross_attention",
+            make=_attention,
+            hot=tuple(
+                Case(
+                    f"{model} b{batch} {side}x{side} {heads}x{width} {keys} keys",
+                    {"batch": batch, "queries": side * side, "keys": keys, "heads": heads, "width": width},
+                )
+                for model, levels in _ATTENTION.items()
+                for batch in (2, 8)
+                for keys in ((77, 154, 231) if (model, batch) == ("sd1", 2) else (77,))
+                for side, heads, width in levels
+            ),
+            odd=_cases(
+                one={"batch": 1, "queries": 1, "keys": 1, "heads": 1, "width": 1},
+                odd={"batch": 1, "queries": 35, "keys": 7, "heads": 2, "width": 7, "probabilities": True},
+                d40={"batch": 2, "queries": 17, "keys": 77, "heads": 1, "width": 40, "probabilities": True},
+                d64={"batch": 1, "queries": 33, "keys": 77, "heads": 1, "width": 64, "scale": 0.3},
+                d80={"batch": 1, "queries": 17, "keys": 77, "heads": 1, "width": 80},
+                d160={"batch": 1, "queries": 33, "keys": 77, "heads": 1, "width": 160},
+                d256={"batch": 1, "queries": 5, "keys": 33, "heads": 1, "width": 256},
+                k154={"batch": 1, "queries": 31, "keys": 154, "heads": 1, "width": 40},
+                k231={"batch": 1, "queries": 16, "keys": 231, "heads": 2, "width": 40, "probabilities": True},
+                k256={"batch": 1, "queries": 5, "keys": 256, "heads": 1, "width": 17, "scale": 0.01},
+                k64={"batch": 1, "queries": 33, "keys": 64, "heads": 3, "width": 24, "probabilities": True},
+                k16={"batch": 3, "queries": 7, "keys": 16, "heads": 1, "width": 32},
+                long={"batch": 1, "queries": 130, "keys": 20, "heads": 1, "width": 16},
+            ),
+            gradients=("q", "k", "v"),
+            flops=lambda batch, queries, keys, heads, width, **_: 4 * batch * heads * width * queries * keys,
         ),
     )
 }

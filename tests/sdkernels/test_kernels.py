@@ -35,11 +35,13 @@ def fresh(inputs: Inputs, with_gradient: tuple[str, ...]) -> Inputs:
     return {k: v.detach().requires_grad_(k in with_gradient) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def evaluate(name: str, backend: str, spec: OpSpec, inputs: Inputs, upstream: list[Tensor] | None) -> list[Tensor]:
+def evaluate(
+    backend: str, spec: OpSpec, inputs: Inputs, upstream: list[Tensor] | None, package: Any = sdkernels
+) -> list[Tensor]:
     """Outputs and, for random upstream gradients, the gradients of every differentiable input."""
     leaves = fresh(inputs, spec.gradients)
-    with sdkernels.backend(backend):
-        out = getattr(sdkernels, name)(**leaves)
+    with package.backend(backend):
+        out = getattr(package, spec.name)(**leaves)
     outs = list(out) if isinstance(out, tuple) else [out]
     wanted = [leaves[k] for k in spec.gradients if isinstance(leaves.get(k), Tensor)]
     if not wanted or upstream is None:
@@ -58,14 +60,14 @@ def contiguous(inputs: Inputs) -> Inputs:
     return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def check(spec: OpSpec, inputs: Inputs, dtype: torch.dtype) -> None:
+def check(spec: OpSpec, inputs: Inputs, dtype: torch.dtype, package: Any = sdkernels) -> None:
     """Each result's largest error is at most twice eager's, plus one unit in the last place of the largest value."""
-    truth = evaluate(spec.name, "eager", spec, exact(inputs), None)
+    truth = evaluate("eager", spec, exact(inputs), None)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype).to(t.device) for t in truth]
-    truth = evaluate(spec.name, "eager", spec, exact(inputs), upstream)
-    eager = evaluate(spec.name, "eager", spec, contiguous(inputs), upstream)
-    ours = evaluate(spec.name, "triton", spec, inputs, upstream)
+    truth = evaluate("eager", spec, exact(inputs), upstream)
+    eager = evaluate("eager", spec, contiguous(inputs), upstream)
+    ours = evaluate("triton", spec, inputs, upstream, package)
     names = [f"output {i}" for i in range(len(upstream))]
     names += [f"gradient of {k}" for k in spec.gradients if isinstance(inputs.get(k), Tensor)]
     for name, a, e, t in zip(names, ours, eager, truth, strict=False):

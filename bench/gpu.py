@@ -1,0 +1,101 @@
+"""What a GPU has to say, in one command: ``python -m bench.gpu`` (or ``make gpu``). Nothing is installed.
+
+tests      every kernel against float64, the shipped model on the GPU, bfloat16 included
+sanitizer  compute-sanitizer's memcheck and racecheck on small cases, where it is installed
+tune       launch choices for this architecture, written into kernels/sdkernels/tuned/
+kernels    timings beside eager PyTorch and SDPA at the shapes for two samples
+compiled   the same beside torch.compile (slow: every case is compiled)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import report
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+
+def step(command: list[str], seconds: float) -> bool:
+    """Run a command with a limit, without the interpreter; whether it went well."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    try:
+        return subprocess.run(command, env=environment, timeout=seconds, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {seconds:.0f} s", flush=True)
+        return False
+
+
+def tests() -> bool:
+    """The GPU tests and those of the kernels."""
+    files = ["tests/test_gpu.py", "tests/sdkernels", "--ignore=tests/sdkernels/test_compile_report.py"]
+    return step([*PYTEST, *files], 240)
+
+
+def sanitizer() -> bool:
+    """Nothing to find is success; no compute-sanitizer is, too."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        print("compute-sanitizer: not installed, not run", flush=True)
+        return True
+    options = ["--error-exitcode", "9", sys.executable, "-m", "bench.small_cases"]
+    return all([step([program, "--tool", tool, *options], 150) for tool in ("memcheck", "racecheck")])
+
+
+def tune() -> bool:
+    """Into the package, to be committed."""
+    return step([sys.executable, "-m", "sdkernels.tune", "--seconds", "180"], 240)
+
+
+def _timings(name: str, selection: str, seconds: float) -> bool:
+    raw = report.RESULTS / f"{name}.raw.json"
+    raw.parent.mkdir(exist_ok=True)
+    command = [*PYTEST, "bench/test_kernels.py", "-k", selection, f"--benchmark-json={raw}", "--benchmark-quiet"]
+    good = step(command, seconds)
+    if raw.is_file():
+        print(report.keep(raw))
+        raw.unlink()
+        report.write_readme()
+    return good
+
+
+def kernels() -> bool:
+    """Ours, eager and SDPA."""
+    return _timings("kernels", "b2 and not compiled", 240)
+
+
+def compiled() -> bool:
+    """Ours and torch.compile."""
+    return _timings("compiled", "b2 and (compiled or ours)", 400)
+
+
+PARTS: dict[str, Callable[[], bool]] = {
+    "tests": tests, "sanitizer": sanitizer, "tune": tune, "kernels": kernels, "compiled": compiled
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the parts in turn; exit 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=["tests", "sanitizer", "tune", "kernels"])
+    parts = parser.parse_args().parts
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench.gpu: needs a CUDA device, found none\n")
+    os.chdir(Path(__file__).parents[1])
+    failed = [name for name in parts if not PARTS[name]()]
+    print(f"\nparts that went well: {', '.join(p for p in parts if p not in failed) or 'none'}")
+    if failed:
+        parser.exit(1, f"parts that failed: {', '.join(failed)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The tests of the kernels can fail: each planted fault is seen by the cases of its op.
+
+The package's folder is copied, one line of it is spoilt, and the copy is loaded under another name. No fault reaches
+outside of a tensor: in the interpreter that ends the process.
+"""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import sdkernels
+from sdkernels.registry import OPS
+from tests.sdkernels.test_kernels import DEVICE, check
+
+# op, what is wrong, the line, the line spoilt
+FAULTS = [
+    ("geglu", "tail dropped", "inside = column < width", "inside = column < width - 1"),
+    ("geglu", "the wrong half gates", "gelu, _ = _gelu_and_slope(gate)", "gelu, _ = _gelu_and_slope(value)"),
+    ("geglu", "tanh's gelu", "0.5 * (1.0 + tl.erf(g * 0.7071067811865476))", "tl.sigmoid(1.702 * g)"),
+    ("geglu", "slope without the density", "cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", "cdf"),
+    ("layer_norm", "E[x^2] - E[x]^2", "tl.sum(centred * centred, axis=1) / width + eps", "tl.sum(x * x, axis=1) / width - mean * mean + eps"),
+    ("layer_norm", "padding counted", "centred = tl.where(inside, x - mean[:, None], 0.0)", "centred = x - mean[:, None]"),
+    ("layer_norm", "residual's gradient forgotten", "dx += tl.load(", "dx += 0 * tl.load("),
+    ("layer_norm", "a projection left out", " - normed * along_x[:, None]", ""),
+    ("layer_norm", "rows of the last tile", "for first in range(tl.program_id(0) * ROWS, rows,", "for first in range(tl.program_id(0) * ROWS, rows - 1,"),
+    ("lora_linear", "scale left out", "full += scale * tl.dot(", "full += tl.dot("),
+    ("lora_linear", "last columns of x", "for first in range(0, K, BK):", "for first in range(0, K - 1, BK):"),
+    ("lora_linear", "rank padded with what lies there", "inside = (column < K)[:, None] & (r < rank)[None, :]", "inside = (column < K)[:, None] & (r < rank - 1)[None, :]"),
+    ("lora_linear", "gradient of A without the scale", "((scale * (dy @ b)).to(x.dtype)", "((dy @ b).to(x.dtype)"),
+    ("add_noise", "amplitudes not rooted", "tl.sqrt(acp).to(tl.float32)", "acp.to(tl.float32)"),
+    ("add_noise", "sign of v", "signal * noise - sigma * x", "signal * noise + sigma * x"),
+    ("add_noise", "one timestep for all", "t = tl.load(t_ptr + sample)", "t = tl.load(t_ptr)"),
+    ("sampler_step", "guidance the wrong way", "guidance * (cond - uncond)", "guidance * (uncond - cond)"),
+    ("sampler_step", "noise forgotten", "table = coefficients_ptr", "noise = noise * 0\n    table = coefficients_ptr"),
+    ("sampler_step", "neighbouring row", "table = coefficients_ptr + step *", "table = coefficients_ptr + 0 * step *"),
+    ("sampler_step", "tail dropped", "inside = place < size", "inside = place < size - 1"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    op, _, line, instead = request.param
+    folder = tmp_path / "spoilt"
+    shutil.copytree(Path(sdkernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (folder / f"{op}.py").read_text()
+    assert line in text, f"{op}.py has no line {line!r} to spoil"
+    (folder / f"{op}.py").write_text(text.replace(line, instead))
+    name = f"spoilt_{abs(hash(request.param))}"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    yield module
+    for key in [key for key in sys.modules if key.split(".")[0] == name]:
+        del sys.modules[key]
+
+
+def is_seen(op: str, package: ModuleType) -> bool:
+    """Whether some case of the op fails on the package's kernel."""
+    spec = OPS[op]
+    for mean in (0.0, 100.0):
+        for case in spec.odd:
+            try:
+                check(spec, spec.inputs(case, torch.float32, DEVICE, mean=mean), torch.float32, package)
+            except AssertionError:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("spoilt", FAULTS, indirect=True, ids=[f"{f[0]}: {f[1]}" for f in FAULTS])
+def test_a_planted_fault_is_seen(spoilt: ModuleType, request: pytest.FixtureRequest) -> None:
+    assert is_seen(request.node.callspec.params["spoilt"][0], spoilt)
+
+
+def test_every_kernel_has_a_planted_fault() -> None:
+    assert {fault[0] for fault in FAULTS} == set(OPS)

@@ -85,7 +85,6 @@ def test_the_bars_of_the_model_card(sd: StableDiffusion, probe: Probe) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="about half of the two-object pictures are right; the bar of 65 % needs a longer training")
 def test_two_objects(sd: StableDiffusion, probe: Probe) -> None:
     two = sample_scenes(200, PROMPT_SEED + 2, counts=(0.0, 1.0, 0.0))
     prompts = captions(two, PROMPT_SEED + 2)

@@ -6,6 +6,7 @@ from .backend import BACKENDS, UnsupportedError, backend, current, reference_onl
 try:
     from .add_noise import add_noise
     from .cross_attention import cross_attention
+    from .cross_attention_block import cross_attention_block
     from .geglu import geglu
     from .group_norm import group_norm
     from .layer_norm import layer_norm
@@ -17,6 +18,7 @@ except ModuleNotFoundError as error:  # triton is published for Linux alone; els
         raise
     add_noise = reference_only(reference.add_noise)
     cross_attention = reference_only(reference.cross_attention)
+    cross_attention_block = reference_only(reference.cross_attention_block)
     geglu = reference_only(reference.geglu)
     group_norm = reference_only(reference.group_norm)
     layer_norm = reference_only(reference.layer_norm)
@@ -30,6 +32,7 @@ __all__ = [
     "add_noise",
     "backend",
     "cross_attention",
+    "cross_attention_block",
     "current",
     "geglu",
     "group_norm",

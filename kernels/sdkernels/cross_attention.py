@@ -1,6 +1,7 @@
 """Attention over a short context (up to 256 keys) that stays on chip: one pass, no online softmax.
 
-The keys are split like the head dims (``self_attention.py``): 77 = 64 + 16, 154 = 128 + 32, 231 = 128 + 128.
+The keys are split like the head dims (``self_attention.py``): 77 = 64 + 16, 154 = 128 + 32, 231 = 128 + 128. Where many
+keys meet a wide head the registers do not hold them, and ``self_attention.py``'s loops over the keys run instead.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .self_attention import (
     head_options,
     head_start,
     load_head,
+    padded,
+    self_attention_forward,
     split_width,
     store_head,
     strided,
@@ -33,7 +36,8 @@ from .self_attention import (
 from .tuned import Options, tunable
 
 MOST_KEYS = 256
-MOST_SUMS = 8192
+MOST_HELD = 12288  # keys x head dim of the forward kernel: 231 x 40 does not spill, 77 x 160 does on sm_90
+MOST_SUMS = 8192  # the same of the backward kernel: 128 x 64
 
 
 @triton.jit
@@ -95,63 +99,43 @@ def cross_attention_forward_kernel(
 def cross_attention_backward_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, N, M, H,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h, scale2, scale, queries,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, M1: tl.constexpr, M2: tl.constexpr, BQ: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr, BQ: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel, and do by strides, dq [B, N, H, D], dk and dv [chunks, B, M, H, D], one chunk a program.
 
-    ``scale2`` is ``scale`` times log2(e). Keys, values and the sums of their gradients stay on chip. delta = sum(p dp)
-    is taken over the keys and divided by sum(p), so that the rounding of lse does not keep dS from adding up to 0.
+    KEYS is M padded to a power of two, EVEN says that nothing is padded; ``scale2`` is ``scale`` times log2(e). Keys,
+    values and the sums of their gradients stay on chip. delta = sum(p dp) is taken over the keys and divided by sum(p),
+    so that the rounding of lse does not keep ds from adding up to 0.
     """
     chunks = tl.cdiv(N, queries)
     chunk, head = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     b, h = head // H, head % H
-    row, key = tl.arange(0, BQ), tl.arange(0, M1)
+    row, key = tl.arange(0, BQ), tl.arange(0, KEYS)
     q_ptr = head_start(q_ptr, b, h, q_b, q_h, ALIGN)
     do_ptr = head_start(do_ptr, b, h, do_b, do_h, ALIGN)
-    k_ptr = head_start(k_ptr, b, h, k_b, k_h, ALIGN)
-    v_ptr = head_start(v_ptr, b, h, v_b, v_h, ALIGN)
-    k1, k2 = load_head(k_ptr, key, k_n, M, D, D1, D2, M2 > 0)
-    v1, v2 = load_head(v_ptr, key, v_n, M, D, D1, D2, M2 > 0)
-    dk1, dk2 = zeros(M1, D1, D2)
-    dv1, dv2 = zeros(M1, D1, D2)
-    if M2 > 0:
-        key2 = M1 + tl.arange(0, M2)
-        k3, k4 = load_head(k_ptr, key2, k_n, M, D, D1, D2, False)
-        v3, v4 = load_head(v_ptr, key2, v_n, M, D, D1, D2, False)
-        dk3, dk4 = zeros(M2, D1, D2)
-        dv3, dv4 = zeros(M2, D1, D2)
+    k1, k2 = load_head(head_start(k_ptr, b, h, k_b, k_h, ALIGN), key, k_n, M, D, D1, D2, EVEN)
+    v1, v2 = load_head(head_start(v_ptr, b, h, v_b, v_h, ALIGN), key, v_n, M, D, D1, D2, EVEN)
+    dk1, dk2 = zeros(KEYS, D1, D2)
+    dv1, dv2 = zeros(KEYS, D1, D2)
     for start in range(chunk * queries, min(N, (chunk + 1) * queries), BQ):
         q1, q2 = load_head(q_ptr + tl.cast(start, tl.int64) * q_n, row, q_n, N - start, D, D1, D2, False)
         do1, do2 = load_head(do_ptr + tl.cast(start, tl.int64) * do_n, row, do_n, N - start, D, D1, D2, False)
         lse = tl.load(lse_ptr + head.to(tl.int64) * N + start + row, mask=row < N - start, other=0.0)
-        p1 = tl.exp2(masked_scores(q1, q2, k1, k2, M, D2, M1, M2 > 0) * scale2 - lse[:, None])
-        dp1 = dot_heads(do1, do2, v1, v2, D2)
-        delta, total = tl.sum(p1 * dp1, 1), tl.sum(p1, 1)
-        if M2 > 0:
-            p2 = tl.exp2(masked_scores(q1, q2, k3, k4, M - M1, D2, M2, False) * scale2 - lse[:, None])
-            dp2 = dot_heads(do1, do2, v3, v4, D2)
-            delta, total = delta + tl.sum(p2 * dp2, 1), total + tl.sum(p2, 1)
-        delta = delta / total
+        p = tl.exp2(masked_scores(q1, q2, k1, k2, M, D2, KEYS, EVEN) * scale2 - lse[:, None])
+        dp = dot_heads(do1, do2, v1, v2, D2)
+        delta = tl.sum(p * dp, 1) / tl.sum(p, 1)
+        ds = (p * (dp - delta[:, None])).to(q1.dtype)
+        dv1, dv2 = add_product(dv1, dv2, tl.trans(p.to(q1.dtype)), do1, do2, D2)
+        dk1, dk2 = add_product(dk1, dk2, tl.trans(ds), q1, q2, D2)
         dq1, dq2 = zeros(BQ, D1, D2)
-        ds1 = p1 * (dp1 - delta[:, None])
-        dq1, dq2 = add_product(dq1, dq2, ds1, k1, k2, D2)
-        dv1, dv2 = add_product(dv1, dv2, tl.trans(p1.to(q1.dtype)), do1, do2, D2)
-        dk1, dk2 = add_product(dk1, dk2, tl.trans(ds1.to(q1.dtype)), q1, q2, D2)
-        if M2 > 0:
-            ds2 = p2 * (dp2 - delta[:, None])
-            dq1, dq2 = add_product(dq1, dq2, ds2, k3, k4, D2)
-            dv3, dv4 = add_product(dv3, dv4, tl.trans(p2.to(q1.dtype)), do1, do2, D2)
-            dk3, dk4 = add_product(dk3, dk4, tl.trans(ds2.to(q1.dtype)), q1, q2, D2)
+        dq1, dq2 = add_product(dq1, dq2, ds, k1, k2, D2)
         result = ((b.to(tl.int64) * N + start) * H + h) * D
         store_head(dq_ptr + result, dq1 * scale, dq2 * scale, row, H * D, N - start, D, D1, D2)
     batch = tl.num_programs(0) // (chunks * H)
     result = ((chunk.to(tl.int64) * batch + b) * M * H + h) * D
     store_head(dk_ptr + result, dk1 * scale, dk2 * scale, key, H * D, M, D, D1, D2)
     store_head(dv_ptr + result, dv1, dv2, key, H * D, M, D, D1, D2)
-    if M2 > 0:
-        store_head(dk_ptr + result, dk3 * scale, dk4 * scale, key2, H * D, M, D, D1, D2)
-        store_head(dv_ptr + result, dv3, dv4, key2, H * D, M, D, D1, D2)
 
 
 @triton.jit
@@ -213,21 +197,23 @@ def _forward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: in
     return {"BQ": 64, "num_warps": 4 if sum(split_width(m)) + d1 + d2 <= 192 else 8, "num_stages": 2, "programs": 4}
 
 
-@tunable("cross_attention_backward", _choices((32, 4), (64, 4), (64, 8)))
+@tunable("cross_attention_backward", _choices((64, 4), (64, 8)))
 def _backward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
-    """As forward; a program holds 2 m D values more, the sums of the keys' gradients."""
+    """64 queries for 8 warps: the sums of the keys' gradients, 2 m D float32 values, are for the whole program."""
     if dtype == torch.float32:
         return {"BQ": 16, "num_warps": 4, "num_stages": 1, "programs": 2}
-    warps = 4 if sum(split_width(m)) * (d1 + d2) <= MOST_SUMS // 2 else 8
-    return {"BQ": 64, "num_warps": warps, "num_stages": 2, "programs": 2}
+    return {"BQ": 64, "num_warps": 8, "num_stages": 2, "programs": 2}
 
 
-def _work(q: Tensor, k: Tensor, tiles: Options) -> tuple[int, Options]:
+def _work(q: Tensor, tiles: Options) -> tuple[int, Options]:
     """Queries per program, one block or as many as leave ``programs`` for each multiprocessor; the kernel's options."""
-    (b, n, h, _), (m1, m2) = q.shape, split_width(k.shape[1])
+    b, n, h, _ = q.shape
     blocks = triton.cdiv(n, tiles["BQ"]) * b * h // (tiles["programs"] * device_of(q).multiprocessors)
-    options = {name: value for name, value in tiles.items() if name != "programs"}
-    return max(1, blocks) * tiles["BQ"], {**options, "M1": m1, "M2": m2}
+    return max(1, blocks) * tiles["BQ"], {name: value for name, value in tiles.items() if name != "programs"}
+
+
+def _parts(m: int) -> dict[str, int]:
+    return dict(zip(("M1", "M2"), split_width(m), strict=True))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -239,10 +225,10 @@ def cross_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tu
     """q [B, N, H, D], k and v [B, M, H, D], ``strided`` -> o [B, N, H, D], log-sum-exp in base 2 [B, H, N] float32."""
     o, lse = _fake_forward(q, k, v, scale)
     (b, n, h, _), m = q.shape, k.shape[1]
-    queries, tiles = _work(q, k, _forward_tiles(*choice_sizes(q, k)))
+    queries, tiles = _work(q, _forward_tiles(*choice_sizes(q, k)))
     cross_attention_forward_kernel[(triton.cdiv(n, queries) * b * h,)](
         q, k, v, o, lse, n, m, h, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale * LOG2_E, queries,
-        **head_options(q, k, v), **tiles,
+        **head_options(q, k, v), **_parts(m), **tiles,
     )  # fmt: skip
     return o, lse
 
@@ -256,16 +242,26 @@ def cross_attention_probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """q [B, N, H, D] and k [B, M, H, D], ``strided`` -> mean over heads of the probabilities, [B, N, M] float32."""
     probs = _fake_probabilities(q, k, scale)
     (b, n, h, _), m = q.shape, k.shape[1]
-    _, tiles = _work(q, k, _forward_tiles(*choice_sizes(q, k)))
+    _, tiles = _work(q, _forward_tiles(*choice_sizes(q, k)))
     cross_attention_probabilities_forward_kernel[(triton.cdiv(n, tiles["BQ"]) * b,)](
-        q, k, probs, n, m, h, *q.stride()[:3], *k.stride()[:3], scale * LOG2_E, **head_options(q, k), **tiles
-    )
+        q, k, probs, n, m, h, *q.stride()[:3], *k.stride()[:3], scale * LOG2_E,
+        **head_options(q, k), **_parts(m), **tiles,
+    )  # fmt: skip
     return probs
 
 
-def _fits_on_chip(q: Tensor, m: int) -> bool:
-    """Whether the sums for the gradients of keys and values fit in the registers of a program of eight warps."""
-    return sum(split_width(m)) * sum(split_width(q.shape[3])) <= MOST_SUMS
+def _one_pass(q: Tensor, m: int) -> bool:
+    """Whether the keys and values of a head are held on chip forward, else ``self_attention_forward`` loops."""
+    return sum(split_width(m)) * sum(split_width(q.shape[3])) <= MOST_HELD
+
+
+def _one_pass_backward(q: Tensor, m: int) -> bool:
+    """Whether one kernel makes all three gradients, else ``attention_backward``'s two do.
+
+    Where tensor cores read keys and values from shared memory (sm_90) and the sums fit in the registers of 8 warps:
+    elsewhere the operands take registers too, and spill.
+    """
+    return device_of(q).capability == 90 and padded(m) * sum(split_width(q.shape[3])) <= MOST_SUMS
 
 
 def _fake_backward(
@@ -281,13 +277,13 @@ def cross_attention_backward(
     """What the forward pass took and gave, and do [B, N, H, D], ``strided`` -> dq, dk, dv."""
     dq, dk, dv = _fake_backward(q, k, v, lse, do, scale)
     (b, n, h, _), m = q.shape, k.shape[1]
-    queries, tiles = _work(q, k, _backward_tiles(*choice_sizes(q, k)))
-    chunks = triton.cdiv(n, queries)
+    queries, tiles = _work(q, _backward_tiles(*choice_sizes(q, k)))
+    chunks = -(-n // queries)
     parts = dk.new_empty((2, chunks, *dk.shape), dtype=torch.float32) if chunks > 1 else (dk, dv)
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:3]]
     cross_attention_backward_kernel[(chunks * b * h,)](
         q, k, v, do, lse, dq, parts[0], parts[1], n, m, h, *strides, scale * LOG2_E, scale, queries,
-        **head_options(q, k, v, do), **tiles,
+        KEYS=padded(m), EVEN=padded(m) == m, **head_options(q, k, v, do), **tiles,
     )  # fmt: skip
     if isinstance(parts, Tensor):
         sum_parts(parts, dk, dv)
@@ -298,17 +294,18 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = strided(q), strided(k), strided(v)
-        o, lse = cross_attention_forward(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, *(() if _fits_on_chip(q, k.shape[1]) else (o,)), lse)
+        forward = cross_attention_forward if _one_pass(q, k.shape[1]) else self_attention_forward
+        o, lse = forward(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, None if _one_pass_backward(q, k.shape[1]) else o, lse)
         ctx.scale = scale
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
-        q, k, v, *o, lse = ctx.saved_tensors
-        if o:
-            return *attention_backward(q, k, v, *o, lse, strided(do), ctx.scale), None
-        return *cross_attention_backward(q, k, v, lse, strided(do), ctx.scale), None
+        q, k, v, o, lse = ctx.saved_tensors
+        if o is None:
+            return *cross_attention_backward(q, k, v, lse, strided(do), ctx.scale), None
+        return *attention_backward(q, k, v, o, lse, strided(do), ctx.scale), None
 
 
 @overload

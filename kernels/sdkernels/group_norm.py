@@ -1,14 +1,8 @@
 """GroupNorm with an optional vector added before and SiLU behind (Wu and He, arXiv 1803.08494), forward and backward.
 
-x [B, C, ...] lies channels-last in memory ([B, P, C], P pixels) or contiguous ([B, C, P]); to a kernel both are tiles of
-pixels x channels. Statistics are a mean and a sum of squared deviations from it (M2) in float32, merged as by Chan,
-Golub and LeVeque (1979).
-
 A group that fits on chip takes one launch. A larger one takes two: partial statistics of chunks of pixels, then the
 norm, whose programs merge what they need of them and go over x in reverse, for its end is still in the cache. The
-backward likewise, with a small launch in between.
-
-The kernels call few functions, because each call takes milliseconds in Triton's interpreter.
+backward likewise, with a small launch in between. Channels-last and contiguous x differ in strides alone.
 """
 
 from __future__ import annotations
@@ -17,361 +11,38 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import reference
 from .backend import Device, device_of, opaque, use_kernel
+from .group_norm_kernels import (
+    group_norm_apply_kernel,
+    group_norm_backward_apply_kernel,
+    group_norm_backward_kernel,
+    group_norm_combine_kernel,
+    group_norm_forward_kernel,
+    group_norm_statistics_kernel,
+    group_norm_sums_kernel,
+)
 from .tuned import Choice, Options, tunable
 
-LARGEST_GROUP = 4096  # channels
+MOST_CHANNELS, LARGEST_GROUP = 65535, 4096  # the latter in channels
 FORWARD_ON_CHIP, BACKWARD_ON_CHIP = 32768, 16384  # elements that 16 warps hold without spilling
 MOST_CHUNKS = 128
 
 
-@triton.jit
-def group_norm_forward_kernel(
-    x_ptr, add_ptr, weight_ptr, bias_ptr, y_ptr, statistics_ptr,
-    pixels, channels, pixel_stride, channel_stride, add_stride, eps,
-    GROUP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """x and y [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [2, B, groups]: mean, 1 / deviation.
-
-    A program: one group of one sample.
-    """
-    groups = channels // GROUP
-    sample, first = tl.program_id(0) // groups, tl.program_id(0) % groups * GROUP
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_group = column < GROUP
-    inside = (row < pixels)[:, None] & in_group[None, :]
-    start = tl.cast(sample, tl.int64) * pixels * channels + first * channel_stride
-    offset = row[:, None] * pixel_stride + column[None, :] * channel_stride
-    column += first
-    x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-    if add_ptr is not None:
-        added = tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
-        x = tl.where(inside, x + added[None, :], 0.0)
-    mean = tl.sum(x) / (pixels * GROUP)
-    y = tl.where(inside, x - mean, 0.0)
-    rest = tl.sum(y) / (pixels * GROUP)  # what rounding left of the mean
-    rstd = 1.0 / tl.sqrt(tl.sum(y * y) / (pixels * GROUP) - rest * rest + eps)
-    y = (y - rest) * rstd
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(y_ptr + start + offset, y, mask=inside)
-    tl.store(statistics_ptr + tl.program_id(0), mean + rest)
-    tl.store(statistics_ptr + tl.num_programs(0) + tl.program_id(0), rstd)
+def _power(n: int) -> int:
+    """The power of two from n up."""
+    return 1 << (n - 1).bit_length()
 
 
-@triton.jit
-def group_norm_statistics_kernel(
-    x_ptr, add_ptr, parts_ptr, pixels, channels, pixel_stride, channel_stride, add_stride, parts_stride, chunk, chunks,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """x [B, P, C] by strides; add [B or 1, C]; parts [2, B, chunks, groups], ``parts_stride`` apart: mean and M2.
-
-    A program: ``chunk`` pixels of GROUPS whole groups, ROWS at a time. Each element of the tile keeps its own mean and
-    M2 over the steps (Welford); these are merged into channels, then into groups.
-    """
-    tiles = channels // (GROUPS * GROUP)
-    first = tl.program_id(0) % tiles * (GROUPS * GROUP)
-    begin = tl.program_id(0) // tiles % chunks * chunk
-    sample = tl.program_id(0) // tiles // chunks
-    count = min(chunk, pixels - begin)
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_tile = column < GROUPS * GROUP
-    start = tl.cast(sample, tl.int64) * pixels * channels
-    start += tl.cast(begin, tl.int64) * pixel_stride + tl.cast(first, tl.int64) * channel_stride
-    offset = row[:, None] * pixel_stride + column[None, :] * channel_stride
-    mean = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    m2 = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    steps = 0.0
-    for done in range(0, count, ROWS):
-        inside = (row < count - done)[:, None] & in_tile[None, :]
-        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        steps += 1.0
-        delta = tl.where(inside, x - mean, 0.0)
-        mean += delta * (1.0 / steps)
-        m2 += delta * (x - mean)
-        start += ROWS * pixel_stride
-    seen = ((tl.maximum(count - row, 0) + ROWS - 1) // ROWS).to(tl.float32)[:, None]  # pixels of each row
-    channel_mean = tl.sum(mean * seen, axis=0) / count
-    delta = mean - channel_mean[None, :]
-    channel_m2 = tl.sum(m2 + seen * delta * delta, axis=0)
-    channel_mean += tl.sum(seen * delta, axis=0) / count  # what rounding left of it
-    if add_ptr is not None:
-        channel_mean += tl.load(add_ptr + sample * add_stride + first + column, mask=in_tile, other=0.0).to(tl.float32)
-    group = tl.arange(0, GROUPS)
-    member = group[:, None] == (column // GROUP)[None, :]
-    group_mean = tl.sum(tl.where(member, channel_mean[None, :], 0.0), axis=1) / GROUP
-    delta = tl.where(member, channel_mean[None, :] - group_mean[:, None], 0.0)
-    group_m2 = tl.sum(tl.where(member, channel_m2[None, :], 0.0) + count * delta * delta, axis=1)
-    group_mean += tl.sum(delta, axis=1) / GROUP
-    here = tl.program_id(0) // tiles * (channels // GROUP) + first // GROUP + group
-    tl.store(parts_ptr + here, group_mean)
-    tl.store(parts_ptr + parts_stride + here, group_m2)
+def _ceil(n: int, step: int) -> int:
+    return -(-n // step)
 
 
-@triton.jit
-def group_norm_apply_kernel(
-    x_ptr, add_ptr, weight_ptr, bias_ptr, parts_ptr, y_ptr, statistics_ptr,
-    pixels, channels, pixel_stride, channel_stride, add_stride, eps,
-    parts_stride, part_chunk, part_chunks, statistics_stride, chunk, chunks,
-    GROUP: tl.constexpr, SILU: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """As group_norm_forward_kernel, from parts [2, B, part_chunks, groups] of ``part_chunk`` pixels each.
-
-    A program: ``chunk`` pixels of COLUMNS channels, which lie in up to GROUPS groups; CHUNKS is at least part_chunks.
-    """
-    blocks, groups = (channels + COLUMNS - 1) // COLUMNS, channels // GROUP
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    first, begin = program % blocks * COLUMNS, program // blocks % chunks * chunk
-    sample = program // blocks // chunks
-    group, part = first // GROUP + tl.arange(0, GROUPS), tl.arange(0, CHUNKS)
-    there = (part < part_chunks)[:, None] & (group < groups)[None, :]
-    reference_ptr = parts_ptr + sample * part_chunks * groups
-    parts_ptr = reference_ptr + part[:, None] * groups + group[None, :]
-    means = tl.load(parts_ptr, mask=there, other=0.0)
-    m2s = tl.load(parts_ptr + parts_stride, mask=there, other=0.0)
-    mean = tl.load(reference_ptr + group, mask=group < groups, other=0.0)  # of the first chunk; differences are exact
-    size = tl.minimum(tl.maximum(pixels - part * part_chunk, 0), part_chunk).to(tl.float32)[:, None]
-    mean += tl.sum(size * (means - mean[None, :]), axis=0) / pixels
-    delta = means - mean[None, :]
-    rstd = 1.0 / tl.sqrt(tl.sum(m2s / GROUP + size * delta * delta, axis=0) / pixels + eps)
-    mine = (begin == 0) & (group < groups) & (group * GROUP >= first) & (group * GROUP < first + COLUMNS)
-    tl.store(statistics_ptr + sample * groups + group, mean, mask=mine)
-    tl.store(statistics_ptr + statistics_stride + sample * groups + group, rstd, mask=mine)
-
-    row, column = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
-    in_channels = column < channels
-    member = group[:, None] == (column // GROUP)[None, :]
-    centre = tl.sum(tl.where(member, mean[:, None], 0.0), axis=0)
-    scale = tl.sum(tl.where(member, rstd[:, None], 0.0), axis=0)
-    shift = tl.full([COLUMNS], 0.0, tl.float32)
-    added = tl.full([COLUMNS], 0.0, tl.float32)
-    if add_ptr is not None:
-        added = tl.load(add_ptr + sample * add_stride + column, mask=in_channels, other=0.0).to(tl.float32)
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
-    start = tl.cast(sample, tl.int64) * pixels * channels
-    start += tl.cast(begin, tl.int64) * pixel_stride + tl.cast(first, tl.int64) * channel_stride
-    offset = row[:, None] * pixel_stride + (column - first)[None, :] * channel_stride
-    for pixel in range(begin, min(begin + chunk, pixels), ROWS):
-        inside = (row < pixels - pixel)[:, None] & in_channels[None, :]
-        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        y = x - centre[None, :]
-        if add_ptr is not None:
-            y += added[None, :]
-        y = y * scale[None, :] + shift[None, :]
-        if SILU:
-            y = y / (1.0 + tl.exp(-y))
-        tl.store(y_ptr + start + offset, y, mask=inside)
-        start += ROWS * pixel_stride
-
-
-@triton.jit
-def group_norm_backward_kernel(
-    x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, statistics_ptr, dx_ptr, sums_ptr, dadd_ptr,
-    pixels, channels, pixel_stride, channel_stride, add_stride,
-    GROUP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """x, dy and dx [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [2, B, groups]; dadd [B, C].
-
-    sums [2, B, C]: of the gradient before the activation, dz, and of dz times the normed x. A program: one group of one
-    sample.
-    """
-    groups = channels // GROUP
-    sample, first = tl.program_id(0) // groups, tl.program_id(0) % groups * GROUP
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_group = column < GROUP
-    inside = (row < pixels)[:, None] & in_group[None, :]
-    start = tl.cast(sample, tl.int64) * pixels * channels + first * channel_stride
-    offset = row[:, None] * pixel_stride + column[None, :] * channel_stride
-    column += first
-    x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-    dz = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-    x -= tl.load(statistics_ptr + tl.program_id(0))
-    rstd = tl.load(statistics_ptr + tl.num_programs(0) + tl.program_id(0))
-    weight = tl.where(in_group, 1.0, 0.0)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=in_group, other=0.0).to(tl.float32)
-    if add_ptr is not None:
-        x += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
-    x = tl.where(inside, x * rstd, 0.0)
-    if SILU:
-        z = x * weight[None, :]
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
-    sum_dz, sum_dz_x = tl.sum(dz, axis=0), tl.sum(dz * x, axis=0)
-    here = sample * channels + column
-    tl.store(sums_ptr + here, sum_dz, mask=in_group)
-    tl.store(sums_ptr + tl.num_programs(0) * GROUP + here, sum_dz_x, mask=in_group)
-    mean_dz = tl.sum(weight * sum_dz) / (pixels * GROUP)
-    mean_dz_x = tl.sum(weight * sum_dz_x) / (pixels * GROUP)
-    dx = rstd * (dz * weight[None, :] - mean_dz - x * mean_dz_x)
-    tl.store(dx_ptr + start + offset, dx, mask=inside)
-    if add_ptr is not None:
-        dadd = rstd * (weight * sum_dz - pixels * mean_dz - tl.sum(x, axis=0) * mean_dz_x)
-        tl.store(dadd_ptr + here, dadd, mask=in_group)
-
-
-@triton.jit
-def group_norm_sums_kernel(
-    x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, statistics_ptr, parts_ptr,
-    pixels, channels, pixel_stride, channel_stride, add_stride, parts_stride, statistics_stride, chunk, chunks,
-    GROUP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """x and dy [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [2, B, groups].
-
-    parts [3, B, chunks, C], ``parts_stride`` apart: sums over each chunk of dz, of dz times the normed x and, if there
-    is add, of the normed x. A program: ``chunk`` pixels of COLUMNS channels, ROWS at a time.
-    """
-    blocks, groups = (channels + COLUMNS - 1) // COLUMNS, channels // GROUP
-    first, begin = tl.program_id(0) % blocks * COLUMNS, tl.program_id(0) // blocks % chunks * chunk
-    sample = tl.program_id(0) // blocks // chunks
-    row, column = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
-    in_channels = column < channels
-    statistics_ptr += sample * groups + column // GROUP
-    mean = tl.load(statistics_ptr, mask=in_channels, other=0.0)
-    rstd = tl.load(statistics_ptr + statistics_stride, mask=in_channels, other=0.0)
-    weight = tl.full([COLUMNS], 1.0, tl.float32)
-    bias = tl.full([COLUMNS], 0.0, tl.float32)
-    added = tl.full([COLUMNS], 0.0, tl.float32)
-    if add_ptr is not None:
-        added = tl.load(add_ptr + sample * add_stride + column, mask=in_channels, other=0.0).to(tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
-    sum_dz = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    sum_dz_x = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    sum_x = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    start = tl.cast(sample, tl.int64) * pixels * channels
-    start += tl.cast(begin, tl.int64) * pixel_stride + tl.cast(first, tl.int64) * channel_stride
-    offset = row[:, None] * pixel_stride + (column - first)[None, :] * channel_stride
-    for pixel in range(begin, min(begin + chunk, pixels), ROWS):
-        inside = (row < pixels - pixel)[:, None] & in_channels[None, :]
-        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        dz = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        x -= mean[None, :]
-        if add_ptr is not None:
-            x += added[None, :]
-        x = tl.where(inside, x * rstd[None, :], 0.0)
-        if SILU:
-            z = x * weight[None, :] + bias[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
-        sum_dz += dz
-        sum_dz_x += dz * x
-        if add_ptr is not None:
-            sum_x += x
-        start += ROWS * pixel_stride
-    parts_ptr += tl.program_id(0) // blocks * channels + column
-    tl.store(parts_ptr, tl.sum(sum_dz, axis=0), mask=in_channels)
-    tl.store(parts_ptr + parts_stride, tl.sum(sum_dz_x, axis=0), mask=in_channels)
-    if add_ptr is not None:
-        tl.store(parts_ptr + 2 * parts_stride, tl.sum(sum_x, axis=0), mask=in_channels)
-
-
-@triton.jit
-def group_norm_combine_kernel(
-    parts_ptr, weight_ptr, statistics_ptr, sums_ptr, means_ptr, dadd_ptr, pixels, channels, parts_stride, chunks,
-    GROUP: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """parts [3, B, chunks, C] -> sums [2, B, C] over all chunks, means [2, B, groups] of w dz and w dz x, dadd [B, C].
-
-    A program: one group of one sample, ROWS chunks at a time.
-    """
-    groups = channels // GROUP
-    sample = tl.program_id(0) // groups
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_group = column < GROUP
-    column += tl.program_id(0) % groups * GROUP
-    sum_dz = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    sum_dz_x = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    sum_x = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
-    for done in range(0, chunks, ROWS):
-        inside = (row < chunks - done)[:, None] & in_group[None, :]
-        here = parts_ptr + (sample * chunks + done + row)[:, None] * channels + column[None, :]
-        sum_dz += tl.load(here, mask=inside, other=0.0)
-        sum_dz_x += tl.load(here + parts_stride, mask=inside, other=0.0)
-        if ADD:
-            sum_x += tl.load(here + 2 * parts_stride, mask=inside, other=0.0)
-    total_dz, total_dz_x = tl.sum(sum_dz, axis=0), tl.sum(sum_dz_x, axis=0)
-    here = sample * channels + column
-    tl.store(sums_ptr + here, total_dz, mask=in_group)
-    tl.store(sums_ptr + tl.num_programs(0) * GROUP + here, total_dz_x, mask=in_group)
-    weight = tl.full([COLUMNS], 1.0, tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=in_group, other=0.0).to(tl.float32)
-    mean_dz = tl.sum(weight * total_dz) / (pixels * GROUP)
-    mean_dz_x = tl.sum(weight * total_dz_x) / (pixels * GROUP)
-    tl.store(means_ptr + tl.program_id(0), mean_dz)
-    tl.store(means_ptr + tl.num_programs(0) + tl.program_id(0), mean_dz_x)
-    if ADD:
-        rstd = tl.load(statistics_ptr + tl.num_programs(0) + tl.program_id(0))
-        dadd = rstd * (weight * total_dz - pixels * mean_dz - tl.sum(sum_x, axis=0) * mean_dz_x)
-        tl.store(dadd_ptr + here, dadd, mask=in_group)
-
-
-@triton.jit
-def group_norm_backward_apply_kernel(
-    x_ptr, dy_ptr, add_ptr, weight_ptr, bias_ptr, statistics_ptr, means_ptr, dx_ptr,
-    pixels, channels, pixel_stride, channel_stride, add_stride, statistics_stride, chunk, chunks,
-    GROUP: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """x, dy and dx [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics and means [2, B, groups].
-
-    A program: ``chunk`` pixels of COLUMNS channels, ROWS at a time.
-    """
-    blocks, groups = (channels + COLUMNS - 1) // COLUMNS, channels // GROUP
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    first, begin = program % blocks * COLUMNS, program // blocks % chunks * chunk
-    sample = program // blocks // chunks
-    row, column = tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
-    in_channels = column < channels
-    at_group = sample * groups + column // GROUP
-    mean = tl.load(statistics_ptr + at_group, mask=in_channels, other=0.0)
-    rstd = tl.load(statistics_ptr + statistics_stride + at_group, mask=in_channels, other=0.0)
-    mean_dz = tl.load(means_ptr + at_group, mask=in_channels, other=0.0)
-    mean_dz_x = tl.load(means_ptr + statistics_stride + at_group, mask=in_channels, other=0.0)
-    weight = tl.full([COLUMNS], 1.0, tl.float32)
-    bias = tl.full([COLUMNS], 0.0, tl.float32)
-    added = tl.full([COLUMNS], 0.0, tl.float32)
-    if add_ptr is not None:
-        added = tl.load(add_ptr + sample * add_stride + column, mask=in_channels, other=0.0).to(tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
-    start = tl.cast(sample, tl.int64) * pixels * channels
-    start += tl.cast(begin, tl.int64) * pixel_stride + tl.cast(first, tl.int64) * channel_stride
-    offset = row[:, None] * pixel_stride + (column - first)[None, :] * channel_stride
-    for pixel in range(begin, min(begin + chunk, pixels), ROWS):
-        inside = (row < pixels - pixel)[:, None] & in_channels[None, :]
-        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        dz = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
-        x -= mean[None, :]
-        if add_ptr is not None:
-            x += added[None, :]
-        x *= rstd[None, :]
-        if SILU:
-            z = x * weight[None, :] + bias[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
-        dx = rstd[None, :] * (dz * weight[None, :] - mean_dz[None, :] - x * mean_dz_x[None, :])
-        tl.store(dx_ptr + start + offset, dx, mask=inside)
-        start += ROWS * pixel_stride
+def _elements(pixels: int, group: int) -> int:
+    """Of the tile that holds a group."""
+    return _power(pixels) * _power(group)
 
 
 CANDIDATES: tuple[Options, ...] = (
@@ -383,7 +54,7 @@ CANDIDATES: tuple[Options, ...] = (
 @tunable("group_norm_forward", CANDIDATES)
 def _forward_options(device: Device, dtype: torch.dtype, batch: int, pixels: int, channels: int, group: int) -> Options:
     """One pass where a group fits on chip, 32 to 64 elements a thread; else tiles of 16 elements a thread."""
-    elements = math.prod(_on_chip(pixels, group).values())
+    elements = _elements(pixels, group)
     if elements <= FORWARD_ON_CHIP:
         return {"passes": 1, "tile": 4096, "num_warps": min(16, max(1, elements // 1024))}
     return {"passes": 2, "tile": 4096, "num_warps": 8}
@@ -393,16 +64,11 @@ def _forward_options(device: Device, dtype: torch.dtype, batch: int, pixels: int
 def _backward_options(
     device: Device, dtype: torch.dtype, batch: int, pixels: int, channels: int, group: int
 ) -> Options:
-    """As forward with half the elements, for x and the gradient are both held."""
-    elements = math.prod(_on_chip(pixels, group).values())
-    if elements <= BACKWARD_ON_CHIP:
+    """As forward with half the elements, for x and the gradient are both held, and a quarter in float32."""
+    elements = _elements(pixels, group)
+    if elements * dtype.itemsize <= BACKWARD_ON_CHIP * 2:
         return {"passes": 1, "tile": 2048, "num_warps": min(16, max(1, elements // 1024))}
     return {"passes": 2, "tile": 2048, "num_warps": 8}
-
-
-def _on_chip(pixels: int, group: int) -> dict[str, int]:
-    """The tile that holds a group."""
-    return {"ROWS": triton.next_power_of_2(pixels), "COLUMNS": triton.next_power_of_2(group)}
 
 
 class _Call(NamedTuple):
@@ -420,8 +86,12 @@ class _Call(NamedTuple):
 
     def geometry(self, add: Tensor | None) -> tuple[int, int, int, int, int]:
         """pixels, channels, pixel_stride, channel_stride and add_stride of a kernel."""
-        strides = (self.channels, 1) if self.last else (1, self.pixels)
-        return self.pixels, self.channels, *strides, 0 if add is None or len(add) == 1 else self.channels
+        pixel, channel = (self.channels, 1) if self.last else (1, self.pixels)
+        return self.pixels, self.channels, pixel, channel, 0 if add is None or len(add) == 1 else self.channels
+
+    def on_chip(self) -> Options:
+        """The tile that holds a group."""
+        return {"ROWS": _power(self.pixels), "COLUMNS": _power(self.group), "num_warps": self.warps}
 
     def groups_together(self) -> int:
         """Whole groups of a tile of statistics: 64 channels or more where they lie side by side, else one group."""
@@ -432,24 +102,24 @@ class _Call(NamedTuple):
 
     def block(self) -> int:
         """Channels of a tile that need not be whole groups: 64 divides every channel count of Stable Diffusion."""
-        width = 64 if self.last else max(8, self.tile // triton.next_power_of_2(self.pixels))
-        return min(width, triton.next_power_of_2(self.channels))
+        width = 64 if self.last else max(8, self.tile // _power(self.pixels))
+        return min(width, _power(self.channels))
 
-    def split(self, width: int, waves: int, most: int) -> tuple[int, int, int, dict[str, int]]:
-        """Programs (about ``waves`` a multiprocessor), pixels of a chunk, chunks, and the tile over ``width`` channels."""
-        columns = triton.next_power_of_2(width)
-        rows = max(1, min(triton.next_power_of_2(self.pixels), self.tile // columns))
-        across = self.batch * triton.cdiv(self.channels, width)
-        chunk = triton.cdiv(self.pixels, min(most, triton.cdiv(waves * self.processors, across)))
-        chunk = triton.cdiv(chunk, rows) * rows
-        chunks = triton.cdiv(self.pixels, chunk)
+    def split(self, width: int, waves: int, most: int) -> tuple[int, int, int, Options]:
+        """Programs (about ``waves`` a multiprocessor), pixels of a chunk, chunks, the tile over ``width`` channels."""
+        columns = _power(width)
+        rows = max(1, min(_power(self.pixels), self.tile // columns))
+        across = self.batch * _ceil(self.channels, width)
+        chunk = _ceil(self.pixels, min(most, _ceil(waves * self.processors, across)))
+        chunk = _ceil(chunk, rows) * rows
+        chunks = _ceil(self.pixels, chunk)
         return across * chunks, chunk, chunks, {"ROWS": rows, "COLUMNS": columns, "num_warps": self.warps}
 
 
 def _call(x: Tensor, groups: int, choose: Choice, on_chip: int) -> _Call:
     (batch, channels), pixels, device = x.shape[:2], math.prod(x.shape[2:]), device_of(x)
     options = choose(device, x.dtype, batch, pixels, channels, channels // groups)
-    one_pass = options["passes"] == 1 and math.prod(_on_chip(pixels, channels // groups).values()) <= on_chip
+    one_pass = options["passes"] == 1 and _elements(pixels, channels // groups) <= on_chip
     return _Call(
         batch, pixels, channels, channels // groups, _is_channels_last(x), one_pass, options["tile"],
         options["num_warps"], device.multiprocessors,
@@ -468,35 +138,34 @@ def _arranged(x: Tensor, channels_last: bool) -> Tensor:
 def _fake_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, add: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(3, x.shape[0], groups, dtype=torch.float32)
 
 
 @opaque(_fake_forward)
 def group_norm_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, add: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x [B, C, ...] channels-last or contiguous, the others contiguous -> norm like x, statistics [2, B, groups]."""
+    """x [B, C, ...] channels-last or contiguous, the others contiguous -> norm like x, statistics [3, B, groups]."""
     c = _call(x, groups, _forward_options, FORWARD_ON_CHIP)
     y, statistics = _fake_forward(x, groups, weight, bias, eps, silu, add)
+    flags: Options = {"GROUP": c.group, "SILU": silu}
     if c.one_pass:
         group_norm_forward_kernel[(c.batch * groups,)](
-            x, add, weight, bias, y, statistics, *c.geometry(add), eps,
-            GROUP=c.group, SILU=silu, num_warps=c.warps, **_on_chip(c.pixels, c.group),
+            x, add, weight, bias, y, statistics, *c.geometry(add), eps, **flags, **c.on_chip(),
         )  # fmt: skip
         return y, statistics
-    together = c.groups_together()
-    programs, part_chunk, part_chunks, tile = c.split(together * c.group, 4, MOST_CHUNKS)
-    parts = x.new_empty(2, c.batch, part_chunks, groups, dtype=torch.float32)
+    groups_of_tile: Options = {"GROUP": c.group, "GROUPS": c.groups_together()}
+    programs, part_chunk, part_chunks, tile = c.split(c.groups_together() * c.group, 4, MOST_CHUNKS)
+    parts = x.new_empty(3, c.batch, part_chunks, groups, dtype=torch.float32)
     group_norm_statistics_kernel[(programs,)](
-        x, add, parts, *c.geometry(add), parts.stride(0), part_chunk, part_chunks,
-        GROUP=c.group, GROUPS=together, **tile,
+        x, add, parts, *c.geometry(add), parts.stride(0), part_chunk, part_chunks, **groups_of_tile, **tile,
     )  # fmt: skip
     programs, chunk, chunks, tile = c.split(c.block(), 8, c.pixels)
-    touched = triton.cdiv(c.block(), c.group) + (c.block() % c.group != 0)  # groups of a block, at most
+    touched = _ceil(c.block(), c.group) + (c.block() % c.group != 0)  # groups of a block, at most
+    merging: Options = {"GROUPS": _power(touched), "CHUNKS": _power(part_chunks)}
     group_norm_apply_kernel[(programs,)](
         x, add, weight, bias, parts, y, statistics, *c.geometry(add), eps,
-        parts.stride(0), part_chunk, part_chunks, statistics.stride(0), chunk, chunks, GROUP=c.group, SILU=silu,
-        GROUPS=triton.next_power_of_2(touched), CHUNKS=triton.next_power_of_2(part_chunks), **tile,
+        parts.stride(0), part_chunk, part_chunks, statistics.stride(0), chunk, chunks, **flags, **merging, **tile,
     )  # fmt: skip
     return y, statistics
 
@@ -514,31 +183,33 @@ def group_norm_backward(
     x: Tensor, dy: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, silu: bool, add: Tensor | None,
     statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x and dy in one format -> dx like x, and in float32 (dbias, dweight) [2, C] and dadd [B, C] (unset without add)."""
+    """x and dy in one format -> dx like x; in float32 (dbias, dweight) [2, C] and dadd [B, C], unset without add."""
     c = _call(x, groups, _backward_options, BACKWARD_ON_CHIP)
     dx, _, dadd = _fake_backward(x, dy, groups, weight, bias, silu, add, statistics)
     sums = x.new_empty(2, c.batch, c.channels, dtype=torch.float32)
+    flags: Options = {"GROUP": c.group, "SILU": silu}
     if c.one_pass:
         group_norm_backward_kernel[(c.batch * groups,)](
-            x, dy, add, weight, bias, statistics, dx, sums, dadd, *c.geometry(add),
-            GROUP=c.group, SILU=silu, num_warps=c.warps, **_on_chip(c.pixels, c.group),
+            x, dy, add, weight, bias, statistics, dx, sums, dadd, *c.geometry(add), **flags, **c.on_chip(),
         )  # fmt: skip
         return dx, sums.sum(1), dadd
     programs, chunk, chunks, tile = c.split(c.block(), 4, MOST_CHUNKS)
     parts = x.new_empty(3, c.batch, chunks, c.channels, dtype=torch.float32)
     group_norm_sums_kernel[(programs,)](
         x, dy, add, weight, bias, statistics, parts, *c.geometry(add),
-        parts.stride(0), statistics.stride(0), chunk, chunks, GROUP=c.group, SILU=silu, **tile,
+        parts.stride(0), statistics.stride(0), chunk, chunks, **flags, **tile,
     )  # fmt: skip
-    means, columns = torch.empty_like(statistics), triton.next_power_of_2(c.group)
+    means, columns = torch.empty_like(statistics[:2]), _power(c.group)
+    rows = max(1, min(_power(chunks), 2048 // columns))
+    whole: Options = {"GROUP": c.group, "ADD": add is not None, "ROWS": rows, "COLUMNS": columns}
     group_norm_combine_kernel[(c.batch * groups,)](
-        parts, weight, statistics, sums, means, dadd, c.pixels, c.channels, parts.stride(0), chunks, GROUP=c.group,
-        ADD=add is not None, ROWS=max(1, min(triton.next_power_of_2(chunks), 2048 // columns)), COLUMNS=columns,
+        parts, weight, statistics, sums, means, dadd, c.pixels, c.channels, parts.stride(0), chunks,
+        **whole,
     )  # fmt: skip
     programs, chunk, chunks, tile = c.split(c.block(), 8, c.pixels)
     group_norm_backward_apply_kernel[(programs,)](
         x, dy, add, weight, bias, statistics, means, dx, *c.geometry(add), statistics.stride(0), chunk, chunks,
-        GROUP=c.group, SILU=silu, **tile,
+        **flags, **tile,
     )  # fmt: skip
     return dx, sums.sum(1), dadd
 
@@ -563,10 +234,8 @@ class _GroupNorm(torch.autograd.Function):
         dx, sums, dadd = group_norm_backward(x, dy, statistics.shape[2], weight, bias, ctx.silu, add, statistics)
         if add is not None and len(add) < len(dadd):
             dadd = dadd.sum(0, keepdim=True)
-        dweight, dbias = (
-            None if weight is None else sums[1].to(weight.dtype),
-            None if bias is None else sums[0].to(bias.dtype),
-        )
+        dweight = None if weight is None else sums[1].to(weight.dtype)
+        dbias = None if bias is None else sums[0].to(bias.dtype)
         return dx, None, dweight, dbias, None, None, None if add is None else dadd.to(add.dtype)
 
 
@@ -574,10 +243,14 @@ def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
     if x.dim() < 2:
         return f"x must be [B, C, ...], found {tuple(x.shape)}"
     batch, channels = x.shape[:2]
+    if channels > MOST_CHANNELS:
+        return f"its kernels take up to {MOST_CHANNELS} channels, found {channels}"
     if groups < 1 or channels % groups or channels // groups > LARGEST_GROUP:
         return f"{channels} channels must be whole groups of at most {LARGEST_GROUP}, found {groups} groups"
-    if math.prod(x.shape[2:]) * triton.next_power_of_2(channels // groups) >= 2**31:
-        return "a group must have fewer than 2^31 elements"
+    if x.numel() == groups:
+        return "PyTorch refuses a single value a group"
+    if math.prod(x.shape[2:]) * max(8, _power(channels // groups)) >= 2**31:  # a tile's offsets are int32
+        return "a group must have fewer than 2^31 elements, and 8 channels as well"
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != (channels,):
             return f"{name} must be [{channels}], found {tuple(t.shape)}"

@@ -75,6 +75,17 @@ def cross_attention(
         return out, (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1).mean(dim=1)
 
 
+def cross_attention_block(
+    x: Tensor, to_q: Tensor, k: Tensor, v: Tensor, to_out: Tensor, bias: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """``cross_attention`` of the queries x to_q^T, by heads, and the projection of its result: (...) to_out^T + bias.
+
+    x [B, N, C], to_q [H D, C], k and v [B, M, H, D], to_out [C, H D], bias [C] -> [B, N, C].
+    """
+    q = F.linear(x, to_q).unflatten(-1, k.shape[2:])
+    return F.linear(cross_attention(q, k, v, scale).flatten(2), to_out, bias)
+
+
 def geglu(x: Tensor) -> Tensor:
     """``value * gelu(gate)`` with the exact gelu; x [..., 2 D] = (value, gate) -> [..., D] (arXiv 2002.05202)."""
     value, gate = x.chunk(2, dim=-1)

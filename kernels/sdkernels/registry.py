@@ -84,6 +84,23 @@ def _geglu(draw: Draw, mean: float, rows: int, width: int) -> Inputs:
     return {"x": draw(rows, 2 * width, mean=min(mean, 3.0))}
 
 
+def _group_norm(
+    draw: Draw, mean: float, batch: int, channels: int, shape: tuple[int, ...], groups: int = 32, last: bool = True,
+    affine: bool = True, activation: str | None = "silu", add: int = 0, eps: float = 1e-5,
+) -> Inputs:  # fmt: skip
+    """``last``: channels-last in memory; ``add``: its rows, 0 for none."""
+    x = draw(batch, *shape, channels, mean=mean).movedim(-1, 1)
+    return {
+        "x": x if last else x.contiguous(),
+        "num_groups": groups,
+        "weight": draw(channels, mean=1.0, std=0.2) if affine else None,
+        "bias": draw(channels, std=0.2) if affine else None,
+        "eps": eps,
+        "activation": activation,
+        "add": draw(add, channels) if add else None,
+    }
+
+
 def _layer_norm(draw: Draw, mean: float, rows: int, width: int, affine: bool = True, residual: bool = False) -> Inputs:
     return {
         "x": draw(rows, width, mean=mean),
@@ -136,8 +153,26 @@ def _attention(
     draw: Draw, mean: float, batch: int, queries: int, keys: int, heads: int, width: int, **options: Any
 ) -> Inputs:
     q = draw(batch, queries, heads, width)
-    k, v = (draw(batch, keys, heads, width, mean=mean) for _ in range(2))
-    return {"q": q, "k": k, "v": v, **options}
+    k = draw(
+        batch, keys, heads, width, mean=min(mean, 10.0)
+    )  # beyond, a few rows' rounding of scores decides all errors
+    return {"q": q, "k": k, "v": draw(batch, keys, heads, width, mean=mean), **options}
+
+
+def _cross_attention_block(
+    draw: Draw, mean: float, batch: int, queries: int, channels: int, keys: int, heads: int, width: int,
+    bias: bool = True, **options: Any,
+) -> Inputs:  # fmt: skip
+    k, v = (draw(batch, keys, heads, width, mean=top) for top in (min(mean, 10.0), mean))
+    return {
+        "x": draw(batch, queries, channels, mean=min(mean, 1.0)),
+        "to_q": draw(heads * width, channels, std=channels**-0.5),
+        "k": k,
+        "v": v,
+        "to_out": draw(channels, heads * width, std=(heads * width) ** -0.5),
+        "bias": draw(channels, std=0.2) if bias else None,
+        **options,
+    }
 
 
 def _self_attention(draw: Draw, mean: float, tokens: int, **sizes: Any) -> Inputs:
@@ -149,6 +184,15 @@ _ATTENTION = {
     "sd1": ((64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)),
     "sd2": ((96, 5, 64), (48, 10, 64), (24, 20, 64), (12, 20, 64)),
 }
+
+
+# halvings of the latent's side, and channels, of the norms in the UNet's ResNet blocks
+_NORMS = (
+    *((0, c) for c in (320, 640, 960)),
+    *((1, c) for c in (320, 640, 960, 1280, 1920)),
+    *((2, c) for c in (640, 1280, 1920, 2560)),
+    *((3, c) for c in (1280, 2560)),
+)
 
 
 OPS: dict[str, OpSpec] = {
@@ -178,6 +222,40 @@ OPS: dict[str, OpSpec] = {
                 tall={"rows": 129, "width": 5},
             ),
             gradients=("x",),
+        ),
+        OpSpec(
+            name="group_norm",
+            make=_group_norm,
+            hot=tuple(
+                Case(f"{name} {side}x{side} {c}{' add' if add else ''}", {"channels": c, "shape": (side, side)} | sizes)
+                for name, sizes, side, c, add in (
+                    *(
+                        (f"{model} b{batch}", {"batch": batch, "add": batch if add else 0}, top >> level, c, add)
+                        for model, top in (("sd1", 64), ("sd2", 96))
+                        for batch in (2, 8)
+                        for level, c in _NORMS
+                        for add in ((False, True) if c == (320, 640, 1280, 1280)[level] else (False,))
+                    ),
+                    ("vae b1", {"batch": 1}, 512, 128, False),
+                    ("vae b1", {"batch": 1}, 64, 512, False),
+                )
+            ),
+            odd=_cases(
+                one={"batch": 1, "channels": 1, "shape": (2,), "groups": 1, "activation": None},
+                odd={"batch": 2, "channels": 6, "shape": (5, 7), "groups": 2, "add": 2},
+                nchw={"batch": 2, "channels": 6, "shape": (5, 7), "groups": 2, "last": False, "add": 1},
+                c40={"batch": 1, "channels": 40, "shape": (7, 3), "groups": 4, "eps": 0.3},
+                c96={"batch": 1, "channels": 96, "shape": (5, 1), "groups": 3, "affine": False},
+                c320={"batch": 1, "channels": 320, "shape": (3, 5), "groups": 2, "activation": None, "add": 1},
+                pixel={"batch": 2, "channels": 12, "shape": (1, 1), "groups": 3},
+                flat={"batch": 3, "channels": 10, "shape": (), "groups": 2, "add": 3},
+                line={"batch": 2, "channels": 9, "shape": (77,), "groups": 1, "last": False, "activation": None},
+                cube={"batch": 1, "channels": 8, "shape": (3, 4, 5), "groups": 2, "add": 1},
+                block={"batch": 1, "channels": 32, "shape": (8, 8), "groups": 2, "last": False},
+                single={"batch": 1, "channels": 3, "shape": (33, 2), "groups": 3},
+                parts={"batch": 1, "channels": 17, "shape": (33, 33), "groups": 1, "add": 1},
+            ),
+            gradients=("x", "weight", "bias", "add"),
         ),
         OpSpec(
             name="layer_norm",
@@ -347,6 +425,38 @@ OPS: dict[str, OpSpec] = {
             ),
             gradients=("q", "k", "v"),
             flops=lambda batch, queries, keys, heads, width, **_: 4 * batch * heads * width * queries * keys,
+        ),
+        OpSpec(
+            name="cross_attention_block",
+            make=_cross_attention_block,
+            hot=tuple(
+                Case(
+                    f"{model} b{batch} {side}x{side} {heads * width} by {heads}x{width} 77 keys",
+                    {"batch": batch, "queries": side**2, "channels": heads * width, "keys": 77, "heads": heads}
+                    | {"width": width},
+                )
+                for model, ((side, heads, width), *_) in _ATTENTION.items()
+                for batch in (2, 8)
+            ),
+            odd=_cases(
+                one={"batch": 1, "queries": 1, "channels": 1, "keys": 1, "heads": 1, "width": 1},
+                odd={"batch": 2, "queries": 5, "channels": 7, "keys": 3, "heads": 2, "width": 3},
+                c33={"batch": 1, "queries": 17, "channels": 33, "keys": 7, "heads": 3, "width": 11},
+                c40={"batch": 1, "queries": 9, "channels": 40, "keys": 77, "heads": 1, "width": 40, "bias": False},
+                c96={"batch": 1, "queries": 7, "channels": 96, "keys": 20, "heads": 2, "width": 48, "scale": 0.3},
+                c65={"batch": 1, "queries": 5, "channels": 65, "keys": 33, "heads": 1, "width": 17},
+                c128={"batch": 1, "queries": 5, "channels": 128, "keys": 16, "heads": 2, "width": 64},
+                c320={"batch": 1, "queries": 3, "channels": 320, "keys": 77, "heads": 2, "width": 40},
+                inner={"batch": 1, "queries": 16, "channels": 20, "keys": 5, "heads": 5, "width": 8, "bias": False},
+                k65={"batch": 3, "queries": 4, "channels": 16, "keys": 65, "heads": 1, "width": 16, "scale": 0.9},
+                k128={"batch": 1, "queries": 17, "channels": 24, "keys": 128, "heads": 1, "width": 24},
+                k129={"batch": 1, "queries": 5, "channels": 24, "keys": 129, "heads": 1, "width": 24, "scale": 0.05},
+                over={"batch": 1, "queries": 65, "channels": 16, "keys": 9, "heads": 1, "width": 32},
+            ),
+            gradients=("x", "to_q", "k", "v", "to_out", "bias"),
+            flops=lambda batch, queries, channels, keys, heads, width, **_: (
+                4 * batch * queries * heads * width * (channels + keys)
+            ),
         ),
     )
 }

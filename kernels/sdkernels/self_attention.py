@@ -243,8 +243,12 @@ def attention_backward_sum_kernel(parts_ptr, dk_ptr, dv_ptr, splits, size, BLOCK
 def split_width(width: int) -> tuple[int, int]:
     """``width`` in two parts, powers of two of at least 16, the second may be 0: 40 -> (32, 16), 64 -> (64, 0)."""
     first = max(16, 1 << width.bit_length() - 1)
-    rest = width - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, padded(width - first) if width > first else 0
+
+
+def padded(width: int) -> int:
+    """The next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def strided(x: Tensor) -> Tensor:
@@ -291,11 +295,15 @@ def _backward_q_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m:
 
 @tunable("attention_backward_kv", _choices((32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 8), (64, 128, 8)))
 def _backward_kv_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
-    """As for the queries' gradient, with queries and keys exchanged and two sums over the head instead of one."""
+    """As for the queries' gradient, with queries and keys exchanged and two sums over the head instead of one.
+
+    Before sm_90 tensor cores read the keys and values of a wide head from registers: 32 keys.
+    """
     if dtype == torch.float32:
         return {"BQ": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
-    queries, warps = 64 if d1 + d2 <= 128 else 32, 4 if d1 + d2 <= 64 else 8
-    return {"BQ": queries, "BK": 64, "num_warps": warps, "num_stages": 2}
+    if d1 + d2 > 128:
+        return {"BQ": 32, "BK": 64 if device.capability in (90, 100) else 32, "num_warps": 8, "num_stages": 2}
+    return {"BQ": 64, "BK": 64, "num_warps": 4 if d1 + d2 <= 64 else 8, "num_stages": 2}
 
 
 def choice_sizes(q: Tensor, k: Tensor) -> tuple[Any, ...]:
@@ -354,7 +362,7 @@ def attention_backward(
     )  # fmt: skip
     tiles = _backward_kv_tiles(*choice_sizes(q, k))
     queries = _query_split(q, m, tiles)
-    splits = triton.cdiv(n, queries)
+    splits = -(-n // queries)
     parts = dk.new_empty((2, splits, *dk.shape), dtype=torch.float32) if splits > 1 else (dk, dv)
     attention_backward_kv_kernel[(triton.cdiv(m, tiles["BK"]) * splits * b * h,)](
         q, k, v, do, lse, delta, parts[0], parts[1], n, m, h, *strides, scale * LOG2_E, scale, queries,

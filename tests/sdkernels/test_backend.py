@@ -20,6 +20,10 @@ CALLS: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
     "group_norm": (reference.group_norm, (draw("x", (2, 4, 3, 3)), 2, None, None)),
     "self_attention": (reference.self_attention, tuple(draw(n, (1, 3, 2, 4)) for n in "qkv")),
     "cross_attention": (reference.cross_attention, tuple(draw(n, (1, 3, 2, 4)) for n in "qkv")),
+    "cross_attention_block": (
+        reference.cross_attention_block,
+        (draw("x", (1, 3, 6)), draw("w", (8, 6)), *(draw(n, (1, 5, 2, 4)) for n in "kv"), draw("o", (6, 8)), None),
+    ),
     "geglu": (reference.geglu, (draw("x", (2, 6)),)),
     "layer_norm": (reference.layer_norm, (draw("x", (2, 6)), None, None)),
     "lora_linear": (

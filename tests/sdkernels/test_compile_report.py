@@ -1,7 +1,8 @@
 """The compile report on our kernels, and on planted ones that it must find fault with.
 
 Kernels compile where Triton's interpreter is off, so the report runs in a process of its own. Run as a script, this
-file adds the planted ops to the registry and reports on each: {op: [exit status, output, rows]}.
+file adds the planted ops to the registry and reports on each: {op: [exit status, output, rows]}. Its "plans" are what
+the report would compile of an op at each extent.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from sdkernels import compile_report, registry
 from sdkernels.registry import Case, OpSpec
 
 KERNELS = Path(sdkernels.__file__).parent
+JIT = re.compile(r"^@triton\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +45,7 @@ def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def check(rows: list[dict[str, Any]], architectures: tuple[int, ...]) -> None:
     """Every kernel in our folder and every op are there, and matrix products run on the tensor cores of their time."""
-    written = {name for file in KERNELS.glob("*.py") for name in re.findall(r"def (\w+_kernel)\(", file.read_text())}
+    written = {name for file in KERNELS.glob("*.py") for name in re.findall(JIT, file.read_text())}
     assert written == {row["kernel"] for row in rows}
     products = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
     for arch, spec in itertools.product(architectures, registry.OPS.values()):
@@ -74,6 +76,8 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_occupancy_is_what_nvidias_calculator_says() -> None:
     assert compile_report.occupancy(90, warps=4, registers=32, shared=0) == 64  # nothing in short supply
     assert compile_report.occupancy(90, warps=4, registers=128, shared=0) == 16  # 65536 / (128 * 32)
+    assert compile_report.occupancy(90, warps=4, registers=33, shared=0) == 48  # a warp takes registers by 256
+    assert compile_report.occupancy(90, warps=1, registers=96, shared=0) == 20  # five in each quarter
     assert compile_report.occupancy(90, warps=8, registers=168, shared=0) == 8  # 12 warps fit, so one block of 8
     assert compile_report.occupancy(80, warps=8, registers=64, shared=72 << 10) == 16  # two blocks of 72 + 1 KB
     assert compile_report.occupancy(86, warps=1, registers=32, shared=0) == 16  # blocks
@@ -151,6 +155,23 @@ def idle(x: Tensor) -> Tensor:
     return x
 
 
+def varied(x: Tensor, more: bool = False) -> Tensor:
+    good_forward_kernel[(1,)](x, torch.empty_like(x), None, 48, 1, 7, 0.5, SIZE=len(x))
+    if more:
+        spilling_forward_kernel[(1,)](x, torch.empty_like(x), SIZE=len(x), num_warps=1)
+    return x
+
+
+def plans() -> dict[str, list[list[str]]]:
+    """What each extent takes of an op of two hot configurations, one of them twice, and an odd one of two kernels."""
+    cases = (Case("first", {"size": 64}), Case("second", {"size": 128}), Case("again", {"size": 64}))
+    odd = (Case("odd", {"size": 256, "more": True}),)
+    spec = OpSpec("varied", lambda draw, mean, size, **more: {"x": draw(size), **more}, hot=cases, odd=odd)
+    sdkernels.varied = varied
+    chosen = {extent: compile_report.plan(spec, 90, extent)[0] for extent in ("small", "hot", "all")}
+    return {extent: [[x.dtype, x.case, x.name] for x in launches] for extent, launches in chosen.items()}
+
+
 PLANTED = {f.__name__: f for f in (good, unaligned, spills, spills_in_backward, overflows, broken, refuses, idle)}
 
 
@@ -162,7 +183,7 @@ def report_on_planted() -> dict[str, Any]:
         with tempfile.NamedTemporaryFile() as file, contextlib.redirect_stdout(io.StringIO()) as output:
             status = compile_report.main(["--small", "--arch", "90", "--op", name, "--json", file.name])
             found[name] = [status, output.getvalue(), json.loads(file.read())["kernels"]]
-    return found
+    return found | {"plans": plans()}
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +225,19 @@ def test_launches_are_specialized_as_the_jit_does_it(planted: dict[str, Any]) ->
     assert good["constants"] == {"none_ptr": "None", "one": 1, "SIZE": 1024} and good["num_warps"] == 2
     assert unaligned["constants"] == {"none_ptr": "None", "SIZE": 1024}
     assert good["instructions"]["LDG.128"] > 0 and "LDG.128" not in unaligned["instructions"]
+
+
+def test_an_extent_takes_each_binary_that_it_asks_for_once(planted: dict[str, Any]) -> None:
+    good, other = "good_forward_kernel", "spilling_forward_kernel"
+    small = [["first", good], ["odd", other]]
+    hot = [["first", good], ["second", good], ["odd", other]]
+    everything = [["first", good], ["second", good], ["odd", good], ["odd", other]]
+    half, dtypes = ("float16", "bfloat16"), ("float16", "bfloat16", "float32")
+    assert planted["plans"] == {
+        "small": [["float16", *x] for x in small],
+        "hot": [[dtype, *x] for dtype in half for x in hot] + [["float32", *x] for x in small],
+        "all": [[dtype, *x] for dtype in dtypes for x in everything],
+    }
 
 
 if __name__ == "__main__":

@@ -33,6 +33,23 @@ FAULTS = [
     ("lora_linear", "last columns of x", "for first in range(0, K, BK):", "for first in range(0, K - 1, BK):"),
     ("lora_linear", "rank padded with what lies there", "inside = (column < K)[:, None] & (r < rank)[None, :]", "inside = (column < K)[:, None] & (r < rank - 1)[None, :]"),
     ("lora_linear", "gradient of A without the scale", "((scale * (dy @ b)).to(x.dtype)", "((dy @ b).to(x.dtype)"),
+    ("group_norm", "E[x^2] - E[x]^2", "        x -= mean\n    y =", "        mean = mean * 0\n    y ="),
+    ("group_norm", "means of chunks not merged", "m2s / GROUP + size * delta * delta", "m2s / GROUP + 0 * size * delta * delta"),
+    ("group_norm", "a projection left out", " - x * mean_dz_x)", ")"),
+    ("group_norm", "a projection left out of two passes", " - x * mean_dz_x[None, :])", ")"),
+    ("self_attention", "sums not rescaled", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    ("self_attention", "keys beyond the last", 'scores = tl.where((key < M - first)[None, :], scores, float("-inf"))', "scores = scores"),
+    ("self_attention", "keys' gradient without delta", "- delta[None, :])", ")"),
+    ("cross_attention", "a key missed", "p2 = masked_scores(q1, q2, k3, k4, M - M1,", "p2 = masked_scores(q1, q2, k3, k4, M - M1 - 1,"),
+    ("cross_attention", "gradient without delta", "ds = (p * (dp - delta[:, None])).to", "ds = (p * dp).to"),
+    ("cross_attention", "scale of the queries' gradient", "dq1 * scale, dq2 * scale", "dq1, dq2"),
+    ("cross_attention_block", "a key missed", "p2 = masked_scores(q1, q2, k1, k2, M - M1,", "p2 = masked_scores(q1, q2, k1, k2, M - M1 - 1,"),
+    ("cross_attention_block", "scores not scaled", "p1 = tl.exp2((p1 - top[:, None]) * scale)", "p1 = tl.exp2(p1 - top[:, None])"),
+    ("cross_attention_block", "last channels of x", "for first in range(0, C, BC):", "for first in range(0, C - 1, BC):"),
+    ("cross_attention_block", "keys of the first sample for all", "keys = b.to(tl.int64) * M * W", "keys = b.to(tl.int64) * 0"),
+    ("cross_attention_block", "head dim's second part", "total = tl.dot(a2, tl.trans(b2), total,", "total += 0 * tl.dot(a2, tl.trans(b2), total,"),
+    ("cross_attention_block", "bias of the last channels", "y2 += tl.load(", "y2 += 0 * tl.load("),
+    ("cross_attention_block", "gradient of the output weights", "rows.t() @ o.flatten(2)", "rows.t() @ q.flatten(2)"),
     ("add_noise", "amplitudes not rooted", "tl.sqrt(acp).to(tl.float32)", "acp.to(tl.float32)"),
     ("add_noise", "sign of v", "signal * noise - sigma * x", "signal * noise + sigma * x"),
     ("add_noise", "one timestep for all", "t = tl.load(t_ptr + sample)", "t = tl.load(t_ptr)"),
@@ -48,9 +65,10 @@ def spoilt(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ModuleTyp
     op, _, line, instead = request.param
     folder = tmp_path / "spoilt"
     shutil.copytree(Path(sdkernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (folder / f"{op}.py").read_text()
-    assert line in text, f"{op}.py has no line {line!r} to spoil"
-    (folder / f"{op}.py").write_text(text.replace(line, instead))
+    files = [file for file in (folder / f"{op}.py", folder / f"{op}_kernels.py") if file.is_file()]
+    file = next((file for file in files if line in file.read_text()), None)
+    assert file is not None, f"{op} has no line {line!r} to spoil"
+    file.write_text(file.read_text().replace(line, instead))
     name = f"spoilt_{abs(hash(request.param))}"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]

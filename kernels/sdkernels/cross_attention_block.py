@@ -157,7 +157,7 @@ def _tiles(device: Device, dtype: torch.dtype, queries: int, channels: int, keys
     float32 has no tensor cores to feed. ``queries`` counts those of all samples.
     """
     if dtype == torch.float32:
-        return {"BQ": 16, "BC": 32, "num_warps": 4, "num_stages": 1}
+        return {"BQ": 16, "BC": 32, "num_warps": 8, "num_stages": 1}
     return {"BQ": 64 if _is_wide(device) else 32, "BC": 64, "num_warps": 8, "num_stages": 2}
 
 

@@ -7,7 +7,7 @@ that the suite works. An op that is wrong is not timed. ``--benchmark-json`` kee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ def cases() -> list[Any]:
 
 
 @contextmanager
-def implementation(spec: OpSpec, name: str) -> Iterator[Callable[..., Any]]:
+def implementation(spec: OpSpec, name: str) -> Generator[Callable[..., Any]]:
     """The op as ``name`` does it, inside the block."""
     with ExitStack() as stack:
         if name == "ours":
@@ -58,7 +58,7 @@ def implementation(spec: OpSpec, name: str) -> Iterator[Callable[..., Any]]:
             yield getattr(sdkernels, spec.name)
         elif name == "compiled":
             yield torch.compile(getattr(reference, spec.name), dynamic=False)
-            torch._dynamo.reset()
+            torch.compiler.reset()
         else:
             if name.startswith("sdpa "):
                 stack.enter_context(sdpa_kernel(SDPA[name.removeprefix("sdpa ")]))

@@ -43,7 +43,7 @@ class Recipe:
         return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def autocast() -> AbstractContextManager[None]:
+def autocast() -> AbstractContextManager[Any]:
     """bfloat16 autocast where the processor multiplies bfloat16, else float32: emulated, it is 100 times slower."""
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast("cpu", torch.bfloat16) if native else nullcontext()

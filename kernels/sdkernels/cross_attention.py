@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import Device, device_of, opaque, use_kernel
+from .backend import Device, current, device_of, opaque, use_kernel
 from .self_attention import (
     LOG2_E,
     add_product,
@@ -330,6 +330,8 @@ def cross_attention(
     why_not = why_not_attention(q, k, v, factor)
     if why_not is None and k.shape[1] > MOST_KEYS:
         why_not = f"its kernel takes up to {MOST_KEYS} keys, found {k.shape[1]}"
+    if why_not is None and current() == "auto" and q.is_cuda and device_of(q).capability < 80:
+        why_not = "Triton compiles it without tensor cores before sm_80"
     if not use_kernel("cross_attention", why_not, q, k, v):
         return reference.cross_attention(q, k, v, scale, probabilities=probabilities)
     out: Tensor = _CrossAttention.apply(q, k, v, factor)  # type: ignore[assignment]

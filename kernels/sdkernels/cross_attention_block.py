@@ -37,7 +37,7 @@ from .self_attention import (
 )
 from .tuned import Options, tunable
 
-MOST_CHANNELS = {torch.float32: 128, torch.float16: 320, torch.bfloat16: 320}  # whose sums fit in registers
+MOST_CHANNELS = {torch.float32: 96, torch.float16: 320, torch.bfloat16: 320}  # whose sums fit in registers
 LARGEST_HEAD = 64
 MOST_KEYS = 128
 FASTER: dict[str, Any] = json.loads(Path(__file__).with_name("cross_attention_block.json").read_text())
@@ -157,7 +157,7 @@ def _tiles(device: Device, dtype: torch.dtype, queries: int, channels: int, keys
     float32 has no tensor cores to feed. ``queries`` counts those of all samples.
     """
     if dtype == torch.float32:
-        return {"BQ": 16, "BC": 32, "num_warps": 8, "num_stages": 1}
+        return {"BQ": 16, "BC": 32, "num_warps": 4, "num_stages": 1}
     return {"BQ": 64 if _is_wide(device) else 32, "BC": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -262,7 +262,7 @@ def cross_attention_block(
 
     x [B, N, C], to_q [H D, C], k and v [B, M, H, D], to_out [C, H D], bias [C] or None -> [B, N, C]; ``scale`` is
     D ** -0.5 by default. The composition is of kernels too, so it is what runs, under "triton" as well, where one
-    kernel for all does not take the input: float16 and bfloat16 up to 320 channels (float32: 128), heads of 64, 128
+    kernel for all does not take the input: float16 and bfloat16 up to 320 channels (float32: 96), heads of 64, 128
     keys, and a positive scale; x, weights, k and v of one dtype; compute capability 8.0. Under "auto" that kernel runs
     only where ``cross_attention_block.json`` says that it is faster, and where nothing needs a gradient. It reads
     contiguous tensors, and copies others. Differentiable in all tensors.

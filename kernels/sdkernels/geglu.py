@@ -59,7 +59,7 @@ def _options(device: Device, dtype: torch.dtype, width: int) -> Options:
 def _launch(x: Tensor, width: int) -> tuple[tuple[int, int], Options]:
     """The grid and its options for rows of ``width`` results."""
     options = _options(device_of(x), x.dtype, width)
-    return (x.numel() // x.shape[-1], triton.cdiv(width, options["BLOCK"])), options
+    return (x.numel() // x.shape[-1], int(triton.cdiv(width, options["BLOCK"]))), options
 
 
 def _like_half(x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def _backward_tile(device: Device, dtype: torch.dtype, width: int) -> Options:
 
 
 def _block(width: int) -> int:
-    return max(32, triton.next_power_of_2(width))
+    return max(32, int(triton.next_power_of_2(width)))
 
 
 def _fake_forward(
@@ -146,7 +146,7 @@ def layer_norm_backward(
     width = x.shape[-1]
     rows = x.numel() // width
     tile = _backward_tile(device_of(x), x.dtype, width)
-    programs = min(triton.cdiv(rows, tile["ROWS"]), 4 * device_of(x).multiprocessors)
+    programs = min(int(triton.cdiv(rows, tile["ROWS"])), 4 * device_of(x).multiprocessors)
     dx = torch.empty_like(x)
     dweight, dbias = (x.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
     layer_norm_backward_kernel[(programs,)](
@@ -160,8 +160,8 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x, residual, weight, bias = (None if t is None else t.contiguous() for t in (x, residual, weight, bias))
-        assert x is not None
+        x = x.contiguous()
+        residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
         y, total, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
         ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
         ctx.has_residual = residual is not None

@@ -401,7 +401,12 @@ def why_not_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | No
 
 
 def _prefers_sdpa(q: Tensor, keys: int) -> bool:
-    """Whether the table says that PyTorch's kernel is the faster one for q [B, N, H, D]."""
+    """Whether the table says that PyTorch's kernel is the faster one for q [B, N, H, D].
+
+    It is before sm_80, where Triton compiles products without tensor cores.
+    """
+    if device_of(q).capability < 80:
+        return True
     dim = q.shape[3]
     choice = FASTER["default"]["power of two" if dim & (dim - 1) == 0 else "other"]
     classes = FASTER["measured"].get(str(device_of(q).capability), {}).get(str(dim), {})

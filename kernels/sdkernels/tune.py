@@ -44,7 +44,8 @@ def runner(spec: OpSpec, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
 
 def measure(run: Callable[[], Any]) -> float:
     """Median milliseconds by events, the cache flushed before each run."""
-    return float(triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median"))
+    median: Any = triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
+    return float(median)
 
 
 def tune_case(spec: OpSpec, case: Case, dtype: torch.dtype, done: set[str]) -> dict[str, tuned.Options]:

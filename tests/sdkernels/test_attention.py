@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sdkernels
 from sdkernels import UnsupportedError, reference
-from sdkernels.backend import Device
+from sdkernels.backend import Device, simulate
 from sdkernels.registry import OPS, Case
 from tests.sdkernels.test_kernels import DEVICE, check
 
@@ -160,6 +160,8 @@ def test_where_auto_takes_pytorchs_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     """Without a measurement by head dim; what was measured for the architecture and length comes first."""
     choice = {width: SELF._prefers_sdpa(torch.empty(1, 9, 1, width), 9) for width in (40, 64, 80, 128, 160)}
     assert choice == {40: False, 64: True, 80: False, 128: True, 160: False}
+    with simulate(75):
+        assert SELF._prefers_sdpa(torch.empty(1, 9, 1, 40), 9)  # no tensor cores in Triton before sm_80
     measured = {"90": {"40": {"1024": "sdpa"}, "64": {"longest": "kernel"}}}
     monkeypatch.setattr(SELF, "FASTER", SELF.FASTER | {"measured": measured})
     lengths = (256, 257, 1024, 1025, 4097)

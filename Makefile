@@ -3,7 +3,7 @@
 # lint      ruff and pyright       tabletop  train the shipped model from nothing (hours; resumes where it stopped)
 
 PYTHON ?= python3
-PROMPT ?= a large shiny red sphere behind a small blue cube on a wooden table
+PROMPT ?= a large shiny red sphere on a wooden table
 OUT ?= out/picture.png
 WORKERS ?= auto
 PARTS ?=

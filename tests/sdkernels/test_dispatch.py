@@ -68,7 +68,7 @@ def test_without_interpreter_and_gpu_triton_says_so() -> None:
     assert "UnsupportedError: geglu: its kernel needs a CUDA device" in result.stderr
 
 
-def test_auto_on_a_cpu_takes_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_takes_the_definition() -> None:
     assert not use_kernel("geglu", None, torch.ones(2))
     x = torch.ones(2, 4)
     with sdkernels.backend("auto"):

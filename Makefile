@@ -1,6 +1,7 @@
 # image     a picture from a prompt, by the model that ships with us
 # test      the quick tests        test-all  also the slow ones        gpu  the GPU tests, with the system's Python
-# lint      ruff and pyright       tabletop  train the shipped model from nothing (hours; resumes where it stopped)
+# lint      ruff and pyright       pictures  draw what docs/README.md shows (minutes)
+# tabletop  train the shipped model from nothing (hours; resumes where it stopped)
 
 PYTHON ?= python3
 PROMPT ?= a large shiny red sphere on a wooden table
@@ -16,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxproces
 export PROMPT OUT
 
 .DELETE_ON_ERROR:
-.PHONY: help image test test-all lint gpu tabletop
+.PHONY: help image test test-all lint gpu pictures tabletop
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -41,6 +42,10 @@ lint: $(VENV)/dev.stamp
 # PARTS picks some, see bench/gpu.py.
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
+
+pictures: $(VENV)/run.stamp
+	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m finetune.pretrain.editing
 
 tabletop: $(VENV)/test.stamp
 	$(BIN)/python -m finetune.pretrain.autoencoder

@@ -6,7 +6,7 @@ handed to ``forward``, so that a sampling loop computes it once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.is_cross = context_width is not None
+        # Takes the probabilities [B, N, M] of every call while a cross-attention is watched (sdkit.attention_maps).
+        self.recorder: Callable[[Tensor], None] | None = None
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width or width, width, bias=False)
         self.to_v = nn.Linear(context_width or width, width, bias=False)
@@ -37,13 +39,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: KeyValue | None = None) -> Tensor:
         to_q: nn.Module = self.to_q
         to_out: nn.Module = self.to_out[0]
-        if context is not None and type(to_q) is nn.Linear and type(to_out) is nn.Linear:  # no adapter in their place
+        # The fused block gives no probabilities, and no room to adapters in the place of the linear layers.
+        if context is not None and self.recorder is None and type(to_q) is nn.Linear and type(to_out) is nn.Linear:
             return sdkernels.cross_attention_block(x, to_q.weight, *context, to_out.weight, to_out.bias)
         q = self._split(to_q(x))
         if context is None:
             out = sdkernels.self_attention(q, *self.key_value(x))
-        else:
+        elif self.recorder is None:
             out = sdkernels.cross_attention(q, *context)
+        else:
+            out, probabilities = sdkernels.cross_attention(q, *context, probabilities=True)
+            self.recorder(probabilities)
         return to_out(out.flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

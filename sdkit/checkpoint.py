@@ -171,11 +171,19 @@ def _find_weights(folder: Path, name: str, variant: str | None) -> Path:
     raise CheckpointError(f"{folder}: no {files[0]}{there}")
 
 
+def check_bare(components: Components, path: str | Path) -> None:
+    """Raise ConfigError when peft's adapters lie around the model's layers, whose names no file has a place for."""
+    for network in (components.unet, components.text_encoder):
+        if any(".base_layer." in name for name in network.state_dict()):
+            raise ConfigError(f"{path}: the model has adapters in it: call finetune.bake or finetune.remove first")
+
+
 def save_folder(components: Components, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Save in diffusers' folder layout, weights cast to ``dtype``. Raises CheckpointError when it cannot be written.
 
     It is written beside ``path`` and renamed; in a folder that exists, files of the same name are replaced.
     """
+    check_bare(components, path)
     with _new_folder(Path(path).absolute()) as folder:
         _save_network(components.unet, components.unet.config, folder / "unet", dtype)
         _save_network(components.vae, components.vae.config, folder / "vae", dtype)

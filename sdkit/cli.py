@@ -10,20 +10,28 @@ import json
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from sdkit.cli_options import DtypeOption, PredictionOption, find_dtype
+from sdkit.cli_pictures import (
+    WEIGHTS,
+    ModelParts,
+    check_writable,
+    depth2img,
+    find_adapter,
+    img2img,
+    inpaint,
+    load_model,
+    reproduce,
+    txt2img,
+)
 from sdkit.errors import CheckpointError, ConfigError, SDKitError
 
 if TYPE_CHECKING:
-    import torch
-
-    from sdkit.pipeline import StableDiffusion
     from sdkit.vae import AutoencoderKL
 
 app = typer.Typer(
@@ -32,32 +40,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
-STRIP_FRAMES = 8
-
-# What of a picture's metadata is passed to text_to_image again.
-ARGUMENTS = (
-    "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale",
-    "seed", "sampler", "sigmas", "timestep_spacing", "eta", "clip_skip", "prompt_weighting",
-)  # fmt: skip
-
-
-class Precision(StrEnum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-ModelOption = Annotated[str, typer.Option(help="A model that ships with sdkit, a diffusers folder or a single file.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")]
-DtypeOption = Annotated[Precision | None, typer.Option(help="Precision of the networks.")]
-BackendOption = Annotated[str | None, typer.Option(help="Kernels: auto, triton or eager.")]
-PredictionOption = Annotated[
-    str | None,
-    typer.Option(help="What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample."),
-]
-ProgressOption = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -96,191 +78,35 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         print(f"sdkit {__version__}")
 
 
-@app.command()
-def txt2img(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    model: ModelOption = "tabletop",
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="How hard the prompt pulls; 0 ignores it.")] = 7.5,
-    rescale: Annotated[float, typer.Option(help="Guidance rescale, 0 to 1.")] = 0.0,
-    negative: Annotated[str | None, typer.Option(help="What the picture must not show.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next has seed + 1.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, euler, euler_a, heun, dpmpp_2m, …")] = None,
-    sigmas: Annotated[str | None, typer.Option(help="Noise levels: karras, exponential or beta.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="Timesteps: leading, linspace or trailing.")] = None,
-    num: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 1,
-    width: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels (default: the model's).")] = None,
-    clip_skip: Annotated[int, typer.Option(help="Layers of the text encoder to leave out (A1111's number - 1).")] = 0,
-    out: Annotated[str, typer.Option(help="A .png file (numbered when --num > 1) or a folder.")] = "out.png",
-    strip: Annotated[bool, typer.Option("--strip", help="Also write OUT-strip.png: the picture emerging.")] = False,
-    preview_every: Annotated[
-        int, typer.Option(help="Write OUT-stepNN.png every so many steps; --strip shows the same.", min=0)
-    ] = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    backend: BackendOption = None,
-    prediction: PredictionOption = None,
-    progress: ProgressOption = True,
-) -> None:
-    """Make pictures from a prompt."""
-    paths = _destinations(out, num)
-    sd = _load(model, device, dtype, backend, prediction)
-    arguments = {
-        "prompt": prompt, "negative_prompt": negative, "height": height, "width": width, "num_inference_steps": steps,
-        "guidance_scale": guidance, "guidance_rescale": rescale, "seed": seed, "sampler": sampler, "sigmas": sigmas,
-        "timestep_spacing": spacing, "clip_skip": clip_skip,
-    }  # fmt: skip
-    every = preview_every or (max(1, -(-steps // STRIP_FRAMES)) if strip else 0)
-    _make(sd, arguments, paths, model, progress, every, write_previews=preview_every > 0, strip=strip)
-
-
-@app.command()
-def reproduce(
-    picture: Annotated[Path, typer.Argument(help="A PNG written by sdkit.")],
-    out: Annotated[str, typer.Argument(help="A .png file or a folder.")],
-    model: Annotated[str | None, typer.Option(help="The model, where the metadata's name does not find it.")] = None,
-    device: DeviceOption = None,
-    backend: BackendOption = None,
-    progress: ProgressOption = True,
-) -> None:
-    """Make a picture again from the metadata of its PNG."""
-    from sdkit.image import read_parameters
-
-    parameters = read_parameters(picture)
-    missing = [key for key in ("prompt", "seed", "num_inference_steps") if key not in parameters]
-    if missing:
-        raise SDKitError(f"{picture}: the metadata lacks {', '.join(missing)}")
-    name = model or parameters.get("model")
-    if not isinstance(name, str):
-        raise SDKitError(f"{picture}: the metadata names no model: give --model")
-    paths = _destinations(out, 1)
-    dtype = parameters.get("dtype")
-    sd = _load(name, device, Precision(dtype) if dtype in list(Precision) else None, backend)
-    arguments = {key: parameters[key] for key in ARGUMENTS if key in parameters}
-    _make(sd, arguments, paths, name, progress)
-
-
-def _make(
-    sd: StableDiffusion,
-    arguments: Mapping[str, Any],
-    paths: Sequence[Path],
-    model: str,
-    progress: bool,
-    every: int = 0,
-    write_previews: bool = False,
-    strip: bool = False,
-) -> None:
-    """Generate one picture for each of ``paths``, write all files, print what was written."""
-    from sdkit.image import write_png
-    from sdkit.preview import film_strip
-
-    started = time.perf_counter()
-    result = sd.text_to_image(
-        **arguments, num_images_per_prompt=len(paths), preview_every=every, progress=progress and sys.stderr.isatty()
-    )
-    seconds = time.perf_counter() - started
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for index, (path, image, seed) in enumerate(zip(paths, result.images, result.seeds, strict=True)):
-        write_png(image, path, {**image.info, "model": model})
-        print(f"{path}  seed {seed}  {seconds / len(paths):.1f} s")
-        if write_previews:
-            for preview in result.previews:
-                print(write_png(preview.images[index], _beside(path, f"step{preview.step:02d}")))
-        if strip:
-            frames = [preview.images[index] for preview in result.previews]
-            sheet = film_strip(frames, [preview.label for preview in result.previews], final=image)
-            print(write_png(sheet, _beside(path, "strip"), {**image.info, "model": model}))
-
-
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f"{path.stem}-{what}.png")
-
-
-def _destinations(out: str, count: int) -> list[Path]:
-    """The files to write. Raises ConfigError now, before the work, when they could not be written."""
-    path = Path(out)
-    if path.is_dir() or out.endswith("/"):
-        taken = [int(f.name[:4]) for f in path.glob("*.png") if re.fullmatch(r"\d{4}(-.*)?\.png", f.name)]
-        first = max(taken, default=0) + 1
-        paths = [path / f"{first + i:04d}.png" for i in range(count)]
-    elif path.suffix.lower() != ".png":
-        raise ConfigError(f"{out}: expected a name that ends in .png, or a folder (with / at the end to create it)")
-    elif count == 1:
-        paths = [path]
-    else:
-        paths = [path.with_name(f"{path.stem}-{i + 1:04d}{path.suffix}") for i in range(count)]
-    for file in paths:
-        if file.exists() and not file.is_file():
-            raise ConfigError(f"{file}: cannot be written: not a regular file")
-    _check_writable(path, is_folder=paths[0].parent == path)
-    return paths
-
-
-def _check_writable(path: Path, is_folder: bool) -> None:
-    """Try to write beside ``path`` (in it, or where it would be made, for a folder). Leaves nothing behind."""
-    folder = path if is_folder else path.parent
-    while is_folder and not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = "no such folder" if not folder.exists() else (error.strerror or str(error)).lower()
-        raise ConfigError(f"{path}: cannot be written: {folder}: {reason}") from None
-
-
-def _load(
-    model: str, device: str | None, dtype: Precision | None, backend: str | None, prediction: str | None = None
-) -> StableDiffusion:
-    """A shipped model, a diffusers folder or a single file."""
-    from sdkit.pipeline import StableDiffusion
-
-    options: dict[str, Any] = {"device": _device(device), "dtype": _dtype(dtype), "backend": backend}
-    single_file = Path(model).suffix.lower() in WEIGHTS and not Path(model).is_dir()
-    if prediction is not None:
-        if not single_file:
-            raise ConfigError(f"--prediction: only for single files; {model} says it itself")
-        options["prediction_type"] = prediction
-    load = StableDiffusion.from_single_file if single_file else StableDiffusion.from_pretrained
-    return load(model, **options)
-
-
-def _device(name: str | None) -> torch.device | None:
-    """The device, tried out. Raises ConfigError when it is none, or is not there."""
-    if name is None:
-        return None
-    import torch
-
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
-
-
-def _dtype(precision: Precision | None) -> torch.dtype | None:
-    if precision is None:
-        return None
-    import torch
-
-    return getattr(torch, precision.value)
+for command in (txt2img, img2img, inpaint, depth2img, reproduce):
+    app.command()(command)
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A model or a VAE: diffusers folder or single file.")],
+    source: Annotated[Path, typer.Argument(help="A model or a VAE (diffusers folder or single file), or a LoRA.")],
     target: Annotated[Path, typer.Argument(help="NAME.safetensors for a single file, another name for a folder.")],
     dtype: DtypeOption = None,
     prediction: PredictionOption = None,
+    lora_format: Annotated[
+        str | None, typer.Option("--format", help="Rewrite a LoRA: diffusers, peft (a folder) or kohya.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that the LoRA is for, where that is not Stable Diffusion 1 or 2.")
+    ] = None,
 ) -> None:
-    """Convert a model or a VAE between diffusers' folder layout and a single file."""
+    """Convert a model or a VAE between diffusers' folder layout and a single file, or a LoRA between its formats."""
     suffix = target.suffix.lower()
     if suffix in WEIGHTS[1:]:
         raise ConfigError(f"{target}: single files are written as .safetensors, not {suffix}")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: already exists")
-    _check_writable(target, is_folder=suffix != ".safetensors")
+    check_writable(target, is_folder=suffix != ".safetensors")
+    if lora_format is not None:
+        sd = None if model is None else load_model(ModelParts(model), "cpu", None, None)
+        find_adapter("convert_lora")(source, target, lora_format, sd)
+        print(f"{target}  as {lora_format}")
+        return
 
     from sdkit import checkpoint, inspection, single_file
 
@@ -289,15 +115,16 @@ def convert(
     if prediction is not None and not is_single_file:
         raise ConfigError(f"--prediction: only for single files of a model; {source} is a {kind}")
     if is_single_file:
-        model = single_file.load_single_file(source, prediction_type=prediction, dtype=_dtype(dtype))
+        model = single_file.load_single_file(source, prediction_type=prediction, dtype=find_dtype(dtype))
         checkpoint.save(model, target)
     elif kind == "diffusers folder":
-        checkpoint.save(checkpoint.load_folder(source, dtype=_dtype(dtype)), target)
+        checkpoint.save(checkpoint.load_folder(source, dtype=find_dtype(dtype)), target)
     elif kind.startswith("VAE") or kind.endswith("AutoencoderKL"):
-        vae = single_file.load_vae_file(source, dtype=_dtype(dtype))
+        vae = single_file.load_vae_file(source, dtype=find_dtype(dtype))
         (single_file.save_vae_file if suffix == ".safetensors" else _save_vae_folder)(vae, target)
     else:
-        raise CheckpointError(f"{source}: expected a Stable Diffusion model or a VAE, found {kind}")
+        hint = " (--format converts LoRAs)" if "LoRA" in kind else ""
+        raise CheckpointError(f"{source}: expected a Stable Diffusion model or a VAE, found {kind}{hint}")
     print(f"{target}  from {kind}")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import sdkernels
 from sdkit.errors import ConfigError, NumericalError
-from sdkit.guidance import Guidance, combine, rescale
+from sdkit.grid import Level
+from sdkit.guidance import Guidance, combine, guide
 
 if TYPE_CHECKING:
     from sdkit.plan import Plan
@@ -31,7 +32,8 @@ def denoise(
     """Run a plan from its first level to its last; returns the latents, float32 (float64 if they came so).
 
     latents [B, C, H, W]: register 0 at the first level, as `Plan.start` makes it. predict(x_in, k) answers call k's
-    scaled input with (unconditional, conditional) predictions, None for the one that the guidance leaves out.
+    scaled input with (unconditional, conditional) predictions, None for the one that ``guidance.along(plan)[k]`` has
+    no need of: outside the guidance's interval that is the unconditional one, and the network is called for half.
     draw_noise() gives a normal like the latents; it is called once for each k with ``plan.draws_noise[k]``, in order.
     on_step(k, t, latents, x0) is called after call k with the new latents and a function that gives the estimate of
     the clean latents that call k made; a tensor that it returns replaces the latents, "stop" ends the loop with the
@@ -44,18 +46,20 @@ def denoise(
     input_scale, times, draws = plan.input_scale.tolist(), plan.timesteps.tolist(), plan.draws_noise.tolist()
     registers = torch.zeros(plan.num_registers, *latents.shape, dtype=work, device=latents.device)
     registers[0] = latents
-    for k, t in enumerate(times):
-        uncond, cond = predict(registers[0] * input_scale[k], k)
-        if guidance.rescale > 0 and uncond is not None and cond is not None:
-            u, c = uncond.to(work), cond.to(work)
-            uncond, cond = None, rescale(combine(u, c, guidance.scale), c, guidance.rescale)
+    for k, (t, now) in enumerate(zip(times, guidance.along(plan), strict=True)):
+        x_in = registers[0] * input_scale[k]
+        uncond, cond = predict(x_in, k)
+        if not now.is_linear:
+            u, c = (None if p is None else p.to(work) for p in (uncond, cond))
+            level = Level(*plan.levels[k].tolist())
+            uncond, cond = None, guide(now, u, c, x_in, t, level, plan.prediction_type)
         noise = draw_noise() if draws[k] else None
         before = registers[0]
-        registers = sdkernels.sampler_step(registers, uncond, cond, noise, coefficients, k, guidance.scale)
+        registers = sdkernels.sampler_step(registers, uncond, cond, noise, coefficients, k, now.scale)
         if registers.device.type == "cpu":
             _check_finite(registers[0], k, len(times), t)
         if on_step is not None:
-            estimate = partial(_estimate, plan, k, before, uncond, cond, guidance.scale)
+            estimate = partial(_estimate, plan, k, before, uncond, cond, now.scale)
             answer = on_step(k, t, registers[0], estimate)
             if isinstance(answer, Tensor):
                 if answer.shape != registers[0].shape:

@@ -27,6 +27,11 @@ class Level(NamedTuple):
     signal: float
     noise: float
 
+    @classmethod
+    def of(cls, acp: float) -> Level:
+        """The variance-preserving level of an entry of alphas_cumprod."""
+        return cls(math.sqrt(acp), math.sqrt(1 - acp))
+
     @property
     def scale(self) -> float:
         """What the latent is divided by to become the network's input, of unit variance for unit variance data."""
@@ -51,12 +56,17 @@ class Level(NamedTuple):
         )
 
 
-class Call(NamedTuple):
-    """One network call: its timestep, the level of register 0, the next registers and x0 as rows, and whether it
-    draws a normal."""
+class Point(NamedTuple):
+    """Where a network call is made: its timestep and the level of register 0."""
 
     time: float
     level: Level
+
+
+class Call(NamedTuple):
+    """One network call: where, the next registers and x0 as rows, and whether it draws a normal."""
+
+    point: Point
     registers: list[Array]
     x0: Array
     draws: bool = False
@@ -72,7 +82,8 @@ class Grid:
     """The points 0, ..., num_steps; the last is where the run ends. A sampler reads them and yields its calls.
 
     ``times`` and ``levels`` have num_steps + 1 entries. ``num_inference_steps`` is the length before ``strength``
-    cut it. ``schedule`` gives the prediction type, and levels between the points (`times_of`).
+    cut it. ``schedule`` gives the prediction type, and timesteps between the points. ``eta``, ``order`` and
+    ``solver_type`` are for the samplers that take them.
     """
 
     schedule: NoiseSchedule
@@ -80,18 +91,27 @@ class Grid:
     levels: tuple[Level, ...]
     num_inference_steps: int
     eta: float = 0.0
+    order: int = 0
+    solver_type: str = ""
 
     @property
     def num_steps(self) -> int:
         return len(self.times) - 1
 
-    def estimates(self, i: int, x: Array, prediction: Array) -> tuple[Array, Array]:
-        """(x0, epsilon) of a latent at point i, as rows."""
-        return self.levels[i].estimates(self.schedule.prediction_type, x, prediction)
+    def between(self, sigma: float) -> Point:
+        """The point at a Karras noise level that is none of the run's own."""
+        return Point(float(times_of(np.array(sigma), self.schedule)), Level(1.0, sigma))
 
-    def call(self, i: int, registers: list[Array], x0: Array, draws: bool = False) -> Call:
-        """The call made at point i."""
-        return Call(self.times[i], self.levels[i], registers, x0, draws)
+    def estimates(self, at: int | Point, x: Array, prediction: Array) -> tuple[Array, Array]:
+        """(x0, epsilon) of a latent at point number ``at``, or between the points, as rows."""
+        return self._point(at).level.estimates(self.schedule.prediction_type, x, prediction)
+
+    def call(self, at: int | Point, registers: list[Array], x0: Array, draws: bool = False) -> Call:
+        """The call made at point number ``at``, or between the points."""
+        return Call(self._point(at), registers, x0, draws)
+
+    def _point(self, at: int | Point) -> Point:
+        return at if isinstance(at, Point) else Point(self.times[at], self.levels[at])
 
 
 def spaced_times(steps: int, train_steps: int, spacing: str, offset: int, extra_point: bool, whole: bool) -> Array:
@@ -119,6 +139,18 @@ def spaced_times(steps: int, train_steps: int, spacing: str, offset: int, extra_
             f"num_inference_steps: {spacing} spacing has fewer than {steps} different timesteps among {train_steps}"
         )
     return times
+
+
+def distilled_times(steps: int, train_steps: int, original_steps: int) -> Array:
+    """``steps`` timesteps from high to low, evenly by index among the ``original_steps`` that a consistency model was
+    distilled on (arXiv 2310.04378, section 4.3)."""
+    if not 1 <= steps <= original_steps <= train_steps:
+        raise ConfigError(
+            f"num_inference_steps: expected at most original_inference_steps ({original_steps}), which are at most "
+            f"{train_steps}; found {steps}"
+        )
+    original = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
+    return original[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(int)].astype(np.float64)
 
 
 def spaced_sigmas(kind: str, steps: int, high: float, low: float) -> Array:

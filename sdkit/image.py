@@ -188,7 +188,11 @@ def a1111_parameters(parameters: Mapping[str, Any]) -> str:
         "Seed": get("seed"), "Size": size, "Model": get("model"),
         # its count starts at 1 for "nothing skipped"
         "Clip skip": get("clip_skip", 0) + 1 if get("clip_skip") else None,
-        "CFG Rescale": get("guidance_rescale") or None, "Version": f"sdkit {get('version', '')}".strip(),
+        "CFG Rescale": get("guidance_rescale") or None,
+        "Denoising strength": get("strength", get("hires_strength")), "Mask blur": get("mask_blur"),
+        "Hires upscale": get("hires_scale"), "Hires steps": get("hires_steps"),
+        "Variation seed": get("variation_seed"), "Variation seed strength": get("variation_strength"),
+        "Version": f"sdkit {get('version', '')}".strip(),
     }  # fmt: skip
     lines = [str(get("prompt", ""))]
     if get("negative_prompt"):

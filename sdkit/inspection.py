@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sdkit.checkpoint import read_config
 from sdkit.errors import CheckpointError
@@ -26,6 +27,7 @@ KINDS = {
     "UNet (diffusers)": r"down_blocks\.0\.resnets\.0\.time_emb_proj\.weight",
     "text encoder": r"(text_model\.)?embeddings\.token_embedding\.weight",
     "textual inversion": r"emb_params|string_to_param\..*|<.*>",
+    "textual inversion (SDXL)": r"clip_[lg]",
     "hypernetwork": r"\d+\.[01]\.linear.*",
 }
 MODELS = {(768, 4): "SD1", (768, 9): "SD1 inpainting", (1024, 4): "SD2", (1024, 9): "SD2 inpainting",
@@ -54,23 +56,29 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
         with reading(path):
             entries = {k: (str(e["dtype"]), tuple(int(n) for n in e["shape"])) for k, e in header.items()}
     else:
-        content = read_pickle(path, "meta")
+        with torch.serialization.safe_globals([nn.ParameterDict]):  # plain data, in old textual inversions
+            content = read_pickle(path, "meta")
         entries = {
             key: (str(value.dtype).removeprefix("torch."), tuple(value.shape))
             for key, value in _flat(content.get("state_dict", content))
         }
-        metadata = {}
+        metadata = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, str)}
     return _describe(entries, metadata)
 
 
 def _describe(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> dict[str, Any]:
-    kind = next((k for k, pattern in KINDS.items() if any(re.fullmatch(pattern, key) for key in entries)), "unknown")
+    kind = _kind(entries)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, pattern in TELLING.items():
         key = next((key for key in sorted(entries) if re.fullmatch(pattern, key)), None)
         if key is not None:
             shapes[f"{name}: {key}"] = entries[key][1]
-    width = next((shape[1] for name, shape in shapes.items() if name.startswith("context") and len(shape) > 1), None)
+    if kind == "textual inversion":
+        key, (_, shape) = next(item for item in entries.items() if not item[0].startswith("string_to_token"))
+        shapes[f"vectors: {key}"] = shape
+    width = next(
+        (shape[-1] for name, shape in shapes.items() if shape and name.startswith(("context", "vectors"))), None
+    )
     channels = next((shape[1] for name, shape in shapes.items() if name.startswith("input") and len(shape) > 1), 4)
     base = BASES.get(metadata.get("ss_base_model_version", ""))
     version = base or (None if width is None else MODELS.get((width, channels), f"context width {width}"))
@@ -86,12 +94,21 @@ def _describe(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict
     }
 
 
+def _kind(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    for kind, pattern in KINDS.items():
+        if any(re.fullmatch(pattern, key) for key in entries):
+            return kind
+    # diffusers' form of a textual inversion: the one key is the trigger, which looks unlike the name of a weight.
+    single = len(entries) == 1 and all("." not in key and len(shape) in (1, 2) for key, (_, shape) in entries.items())
+    return "textual inversion" if single else "unknown"
+
+
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested dicts and sequences, named by its path."""
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
+    elif isinstance(value, Mapping | nn.ParameterDict | list | tuple):
+        items = value.items() if isinstance(value, Mapping | nn.ParameterDict) else enumerate(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
         for key, inner in cast("list[tuple[Any, Any]]", list(items)):  # pyright: ignore[reportUnknownArgumentType]
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from sdkit.errors import ConfigError
 from sdkit.grid import Call, Grid, Level
 from sdkit.samplers import SAMPLERS, Sampler
 from sdkit.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T", int, str)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +115,12 @@ class Plan:
                 lines.append(f"{left} {f'r{r}':>11}{tail}" + (" (drawn)" if r == 0 and self.draws_noise[k] else ""))
         return "\n".join(lines)
 
+    def plot(self, path: str | PathLike[str] | None = None) -> Image.Image:
+        """Its noise levels against its calls as a picture, also written to ``path`` (.png) if that is given."""
+        from sdkit.preview import plot_plan
+
+        return plot_plan(self, path)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan in JSON's types; numbers keep every bit."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -142,27 +154,41 @@ def make_plan(
     eta: float = 0.0,
     set_alpha_to_one: bool = False,
     final_sigmas_type: str = "zero",
+    solver_order: int | None = None,
+    solver_type: str | None = None,
+    original_inference_steps: int = 50,
 ) -> Plan:
     """The table of a sampling run.
 
     sampler: a key of `sdkit.samplers.SAMPLERS`. sigmas: None (by timestep), "karras", "exponential" or "beta".
     timestep_spacing: "leading" (plus ``steps_offset``, which the others do not take), "linspace" or "trailing".
     strength: the part of the schedule that is run, from its low end: floor(num_inference_steps * strength) steps and
-    at least one; 0 runs none, 1 starts from pure noise. eta: ddim's randomness, 0 to 1. set_alpha_to_one: ddim ends at
-    the clean latent and not at acp[0]. final_sigmas_type: euler and dpmpp_2m end at sigma "zero" or at "sigma_min",
-    the lowest of the table. The step before the end goes to the next timestep in the list, always. Raises ConfigError.
+    at least one; 0 runs none, 1 starts from pure noise. eta: the randomness of ddim and tcd, 0 to 1. set_alpha_to_one:
+    ddim and pndm end at the clean latent and not at acp[0]. final_sigmas_type: euler, unipc and the multistep dpmpp_*
+    end at sigma "zero" or at "sigma_min", the lowest of the table. solver_order: 1 to 3 for the multistep dpmpp_*, deis
+    and unipc. solver_type: "midpoint" or "heun" for dpmpp_*, "bh2" or "bh1" for unipc. original_inference_steps: how
+    many timesteps the network of lcm or tcd was distilled on; these two space their steps over those. Each step goes to
+    the next timestep in the list, always. Raises ConfigError.
     """
     spec = _check(sampler, num_inference_steps, schedule, sigmas, timestep_spacing, strength, eta, final_sigmas_type)
+    order = _choice("solver_order", solver_order, spec.orders, sampler)
+    solver = _choice("solver_type", solver_type, spec.solver_types, sampler)
     if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:
         raise ConfigError(f"steps_offset: expected an integer of at least 0, found {steps_offset!r}")
-    times, levels = _points(spec, schedule, num_inference_steps, sigmas, timestep_spacing, steps_offset)
-    clean = {"table": set_alpha_to_one, "sigma": final_sigmas_type == "zero", "clean": True}[spec.end]
-    levels.append(Level(1.0, 0.0) if clean else _level(schedule.alphas_cumprod.numpy()[0]))
+    if spec.points == "distilled":
+        whole = grids.distilled_times(num_inference_steps, schedule.num_train_timesteps, original_inference_steps)
+        times, levels = whole.tolist(), _table_levels(whole, schedule)
+    else:
+        times, levels = _points(spec, schedule, num_inference_steps, sigmas, timestep_spacing, steps_offset)
+    ends = {"table": set_alpha_to_one, "sigma": final_sigmas_type == "zero", "clean": True, "lowest": False}
+    levels.append(Level(1.0, 0.0) if ends[spec.end] else Level.of(float(schedule.alphas_cumprod[0])))
     if spec.exploding:
         levels = [Level(1.0, level.noise / level.signal) for level in levels]
     run = steps_to_run(num_inference_steps, strength)
     first = num_inference_steps - run
-    grid = Grid(schedule, (*times[first:], 0.0), tuple(levels[first:]), num_inference_steps, eta)
+    grid = Grid(
+        schedule, (*times[first:], 0.0), tuple(levels[first:]), num_inference_steps, eta, order or 0, solver or ""
+    )
     dark = schedule.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0
     if dark and run and grid.times[0] > schedule.num_train_timesteps - 2:
         raise ConfigError(
@@ -207,11 +233,23 @@ def _check(
     if eta > 0 and not SAMPLERS[sampler].takes_eta:
         takers = ", ".join(name for name, spec in SAMPLERS.items() if spec.takes_eta)
         raise ConfigError(f"eta: {sampler} takes none, found {eta!r}; these do: {takers}")
+    if sigmas is not None and SAMPLERS[sampler].points == "distilled":
+        raise ConfigError(f"sigmas: {sampler} takes none, found {sigmas!r}: it runs on timesteps it was distilled on")
     return SAMPLERS[sampler]
 
 
-def _level(acp: float) -> Level:
-    return Level(math.sqrt(acp), math.sqrt(1 - acp))
+def _choice(name: str, value: T | None, known: tuple[T, ...], sampler: str) -> T | None:
+    """``value``, or the first of ``known`` (which is None where there is nothing to choose)."""
+    if value is None:
+        return known[0] if known else None
+    if value not in known or isinstance(value, bool):
+        expected = f"one of {', '.join(map(str, sorted(known)))}" if known else f"none ({sampler} takes none)"
+        raise ConfigError(f"{name}: expected {expected}, found {value!r}")
+    return value
+
+
+def _table_levels(times: grids.Array, schedule: NoiseSchedule) -> list[Level]:
+    return [Level.of(acp) for acp in schedule.alphas_cumprod.numpy()[times.astype(int)].tolist()]
 
 
 def _points(
@@ -222,17 +260,23 @@ def _points(
     table = grids.sigma_table(schedule)
     times = grids.spaced_times(steps, schedule.num_train_timesteps, spacing, offset, multistep, spec.points != "sigma")
     if sigmas is None and spec.points == "table":
-        return times.tolist(), [_level(acp) for acp in schedule.alphas_cumprod.numpy()[times.astype(int)].tolist()]
+        return times.tolist(), _table_levels(times, schedule)
     ratios = np.interp(times, np.arange(len(table)), table)
     if sigmas is not None:
         high, low = (table[-1], table[0]) if multistep else (ratios[0], ratios[-1])
         ratios = grids.spaced_sigmas(sigmas, steps, float(high), float(low))
         times = grids.times_of(ratios, schedule)
-        if multistep:  # as diffusers has it: whole timesteps, rounded for karras, else cut
-            rounded = sigmas == "karras" and schedule.beta_schedule != "squaredcos_cap_v2"
-            times = np.round(times) if rounded else np.floor(times)
+        if sigmas == "karras" and _rounds(spec, schedule):  # what the network is told is rounded, its level is not
+            times = np.round(times)
+        elif multistep:
+            times = np.floor(times)
     scale = np.sqrt(1 + ratios**2)
     return times.tolist(), [Level(float(1 / c), float(r / c)) for r, c in zip(ratios, scale, strict=True)]
+
+
+def _rounds(spec: Sampler, schedule: NoiseSchedule) -> bool:
+    cosine = schedule.beta_schedule == "squaredcos_cap_v2"
+    return spec.karras_times == "rounded" or (spec.karras_times == "rounded unless cosine" and not cosine)
 
 
 def _table(sampler: str, grid: Grid, calls: list[Call], start: tuple[float, float]) -> Plan:
@@ -244,12 +288,12 @@ def _table(sampler: str, grid: Grid, calls: list[Call], start: tuple[float, floa
         sampler=sampler,
         prediction_type=grid.schedule.prediction_type,
         num_steps=grid.num_steps,
-        timesteps=tensor([call.time for call in calls]),
-        input_scale=tensor([1 / call.level.scale for call in calls]),
+        timesteps=tensor([call.point.time for call in calls]),
+        input_scale=tensor([1 / call.point.level.scale for call in calls]),
         coefficients=tensor([call.registers for call in calls], size - 2, size),
         x0=tensor([call.x0[[0, size - 2]] for call in calls], 2),
         draws_noise=torch.tensor([call.draws for call in calls], dtype=torch.bool),
-        levels=tensor([*(call.level for call in calls), grid.levels[-1]]),
+        levels=tensor([*(call.point.level for call in calls), grid.levels[-1]]),
         init_scale=start[0],
         init_image_scale=start[1],
     )

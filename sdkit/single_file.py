@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from sdkit.checkpoint import Components, load_weights, text_config
+from sdkit.checkpoint import Components, check_bare, load_weights, text_config
 from sdkit.config import UNetConfig, VAEConfig, read_json
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.inspection import inspect_file
@@ -233,6 +233,7 @@ def save_single_file(components: Components, path: str | Path, dtype: torch.dtyp
     of any size loads back. ``extra`` has no place in the format: what is there is named in the log.
     Raises CheckpointError when the file cannot be written.
     """
+    check_bare(components, path)
     if components.extra:
         logger.warning("%s: a single file has no place for %s", path, ", ".join(components.extra))
     state, config = components.unet.state_dict(), components.unet.config

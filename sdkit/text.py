@@ -1,4 +1,4 @@
-"""From prompts to context: CLIP's tokenizer, A1111 weights, chunks, and the CLIP and OpenCLIP text encoders.
+"""From prompts to context: CLIP's tokenizer, and the CLIP and OpenCLIP text encoders.
 
 The tokenizer and the encoder are transformers' own classes, built and loaded without a network. SD1 and SD2 differ
 only in the encoder's config (quick_gelu or gelu, width, depth) and in the padding token, so one path serves both:
@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
-import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdkit.errors import CheckpointError, ConfigError, NumericalError, one_line
+from sdkit.prompts import PromptToken, prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
-
-Segment = tuple[str, float]
-BREAK: Segment = ("BREAK", -1.0)  # recognised by identity: starts a new chunk
 
 _MERGES = Path(__file__).parent / "presets" / "clip_merges.txt.gz"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -218,63 +216,6 @@ def _core(model: CLIPTextModel) -> Any:
 
 # Prompts
 
-_GRAMMAR = re.compile(
-    r"\\[\\()\[\]]?"  # an escaped character; a backslash before anything else stands for nothing
-    r"|[()\[\]]"
-    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
-    r"|[^\\()\[\]:]+"
-    r"|:"
-)
-
-
-def parse_weights(prompt: str) -> list[Segment]:
-    r"""Split a prompt in A1111's grammar into (text, weight) pairs.
-
-    ``(a)`` weighs 1.1, ``[a]`` 1 / 1.1, ``(a:1.3)`` 1.3; they nest by multiplying. ``\(``, ``\)``, ``\[``, ``\]`` and
-    ``\\`` are the characters themselves. A bracket left open reaches to the end, a closing one alone is text. The
-    word ``BREAK`` becomes the pair ``BREAK`` of this module. An empty prompt is one empty text of weight 1.
-    """
-    pieces: list[Segment] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}
-
-    def close(bracket: str, factor: float) -> None:
-        start = opened[bracket].pop()
-        pieces[start:] = [piece if piece is BREAK else (piece[0], piece[1] * factor) for piece in pieces[start:]]
-
-    for match in _GRAMMAR.finditer(prompt):
-        token, weight = match[0], match["weight"]
-        if token in opened:
-            opened[token].append(len(pieces))
-        elif weight is not None and opened["("]:
-            close("(", float(weight))
-        elif token == ")" and opened["("]:
-            close("(", 1.1)
-        elif token == "]" and opened["["]:
-            close("[", 1 / 1.1)
-        else:
-            literal = token[1:] if token[0] == "\\" else token
-            first, *rest = re.split(r"\s*\bBREAK\b\s*", literal)
-            pieces += [(first, 1.0), *(piece for text in rest for piece in (BREAK, (text, 1.0)))]
-    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
-        while opened[bracket]:
-            close(bracket, factor)
-    if not all(math.isfinite(weight) for _, weight in pieces):
-        raise ConfigError(f"prompt {prompt[:60]!r}: a weight is not finite")
-    return _joined(pieces)
-
-
-def _joined(segments: list[Segment]) -> list[Segment]:
-    """Neighbours of equal weight become one, so that a word is not cut where nothing changes."""
-    result: list[Segment] = []
-    for segment in segments:
-        if segment is BREAK:
-            result.append(segment)
-        elif result and result[-1] is not BREAK and result[-1][1] == segment[1]:
-            result[-1] = (result[-1][0] + segment[0], segment[1])
-        elif segment[0]:
-            result.append(segment)
-    return result or [("", 1.0)]
-
 
 def encode_prompts(
     tokenizer: CLIPTokenizer,
@@ -284,17 +225,19 @@ def encode_prompts(
     *,
     clip_skip: int = 0,
     weighted: bool = True,
+    embeddings: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Encode B prompts, and as many negative prompts, to contexts [B, 77 * n, D] in the encoder's dtype and device.
 
     A prompt longer than 75 tokens (the tokenizer's ``model_max_length`` less 2) takes several chunks, each with its
     own begin and end token, joined along the sequence; all prompts and negative prompts are padded to the same n.
-    Nothing is cut. Run it under ``torch.no_grad()`` unless the encoder is trained.
+    Nothing is cut. Run it under ``torch.no_grad()`` unless the encoder or the embeddings are trained.
 
     ``weighted`` reads A1111's grammar (``parse_weights``): weights multiply the embeddings, after which each prompt's
     mean over all its tokens and channels is restored. False takes every character literally.
     ``clip_skip`` leaves out the last layers, then applies the final layer norm: diffusers' numbering, A1111's
-    "Clip skip" is one higher. Without negative prompts the second context is None.
+    "Clip skip" is one higher. ``embeddings`` are textual inversions, trigger to vectors [n, D] (`prompt_tokens`), in
+    prompts and negative prompts alike; gradients reach them. Without negative prompts the second context is None.
     Raises ConfigError for arguments without meaning, NumericalError when weights cancel the mean to 0.
     """
     layers = int(text_encoder.config.num_hidden_layers)
@@ -309,14 +252,13 @@ def encode_prompts(
         groups.append(negative_prompts)
 
     length = min(_max_length(tokenizer), int(text_encoder.config.max_position_embeddings))
-    chunks = [[_chunks(tokenizer, prompt, length - 2, weighted) for prompt in group] for group in groups]
-    count = max(len(c) for group in chunks for c in group)
+    tokens_of = partial(prompt_tokens, tokenizer, weighted=weighted, embeddings=embeddings, max_length=length)
+    chunks = [[tokens_of(prompt) for prompt in group] for group in groups]
+    _check_widths(embeddings or {}, int(text_encoder.config.hidden_size))
+    count = max(len(prompt) for group in chunks for prompt in group)
     tokens = [[_pad(tokenizer, prompt, count, length) for prompt in group] for group in chunks]
     contexts = [_encode(text_encoder, group, length, clip_skip) for group in tokens]
     return contexts[0], contexts[1] if len(contexts) > 1 else None
-
-
-Chunk = list[tuple[int, float]]  # token ids and their weights
 
 
 def _check_prompts(argument: str, prompts: Sequence[str]) -> None:
@@ -329,42 +271,60 @@ def _check_prompts(argument: str, prompts: Sequence[str]) -> None:
             raise ConfigError(f"{argument}: {prompt!r} is not valid Unicode text")
 
 
-def _chunks(tokenizer: CLIPTokenizer, prompt: str, size: int, weighted: bool) -> list[Chunk]:
-    """The prompt's tokens, without begin and end, in chunks of at most ``size``; at least one chunk."""
-    chunks: list[Chunk] = [[]]
-    for segment in parse_weights(prompt) if weighted else [(prompt, 1.0)]:
-        if segment is BREAK:
-            chunks.append([])
-            continue
-        text, weight = segment
-        found: Any = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-        for token in found.input_ids:
-            if len(chunks[-1]) == size:
-                chunks.append([])
-            chunks[-1].append((token, weight))
-    return chunks
+def _check_widths(embeddings: Mapping[str, Tensor], width: int) -> None:
+    for name, vectors in embeddings.items():
+        if vectors.shape[1] != width:
+            raise ConfigError(f"embeddings: {name!r} is {vectors.shape[1]} wide, the text encoder takes {width}")
 
 
-def _pad(tokenizer: Any, chunks: list[Chunk], count: int, length: int) -> Chunk:
+def _pad(tokenizer: Any, chunks: list[list[PromptToken]], count: int, length: int) -> list[PromptToken]:
     """Add begin, end and padding tokens to each chunk, and empty chunks: ``count * length`` tokens in a row."""
-    start, end, pad = ((int(i), 1.0) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
+    start, end, pad = (
+        PromptToken(int(i)) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    )
     filled = chunks + [[]] * (count - len(chunks))
     return [token for chunk in filled for token in (start, *chunk, end, *[pad] * (length - 2 - len(chunk)))]
 
 
-def _encode(text_encoder: CLIPTextModel, prompts: list[Chunk], length: int, clip_skip: int) -> Tensor:
+def _encode(text_encoder: CLIPTextModel, prompts: list[list[PromptToken]], length: int, clip_skip: int) -> Tensor:
     """Encode B prompts of n * length tokens each, ``length`` at a time, to [B, n * length, D]."""
-    ids = torch.tensor([[token for token, _ in prompt] for prompt in prompts])
-    weights = torch.tensor([[weight for _, weight in prompt] for prompt in prompts])
+    ids = torch.tensor([[token.id for token in prompt] for prompt in prompts])
+    weights = torch.tensor([[token.weight for token in prompt] for prompt in prompts])
     highest, vocabulary = int(ids.max()), int(text_encoder.config.vocab_size)
     if highest >= vocabulary:
         raise ConfigError(f"the tokenizer gives token {highest}, the text encoder takes only {vocabulary}")
-    output = text_encoder(ids.view(-1, length).to(text_encoder.device), output_hidden_states=clip_skip > 0)
+    with _vectors_in_place(text_encoder, [token.vector for prompt in prompts for token in prompt]):
+        output = text_encoder(ids.view(-1, length).to(text_encoder.device), output_hidden_states=clip_skip > 0)
     hidden: Tensor = output.last_hidden_state
     if clip_skip:
         hidden = _core(text_encoder).final_layer_norm(output.hidden_states[-(clip_skip + 1)])
     hidden = hidden.reshape(*ids.shape, -1)
     return hidden if bool((weights == 1).all()) else _apply_weights(hidden, weights.to(hidden.device))
+
+
+@contextmanager
+def _vectors_in_place(text_encoder: CLIPTextModel, vectors: list[Tensor | None]) -> Generator[None]:
+    """Let the encoder's embedding layer give these vectors [D] where they are not None, for its tokens in order.
+
+    The layer is changed while this lasts alone: what is saved of the encoder, and its tokenizer, stay as they are.
+    A compiled encoder does not look for hooks again, so it runs eagerly.
+    """
+    given = [(i, vector) for i, vector in enumerate(vectors) if vector is not None]
+    if not given:
+        yield
+        return
+
+    def put(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        rows = torch.tensor([i for i, _ in given], device=output.device)
+        values = torch.stack([vector.to(output) for _, vector in given])
+        return output.flatten(0, 1).index_copy(0, rows, values).view_as(output)
+
+    hook = _core(text_encoder).embeddings.token_embedding.register_forward_hook(put)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        hook.remove()
 
 
 def _apply_weights(hidden: Tensor, weights: Tensor) -> Tensor:

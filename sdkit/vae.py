@@ -18,6 +18,7 @@ import sdkernels
 from sdkit.config import VAEConfig
 from sdkit.errors import ConfigError
 from sdkit.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from sdkit.tiling import choose_tile, decode_tiled, encode_tiled
 
 EPS = 1e-6
 
@@ -182,32 +183,41 @@ class AutoencoderKL(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.conv_in.weight.device
 
-    def encode(self, x: Tensor) -> Posterior:
-        """Pixels [B, 3, H, W] in [-1, 1], H and W multiples of ``config.factor`` -> the posterior over latents."""
-        h = self.encoder(x)
+    def encode(self, x: Tensor, tile: int | None = None) -> Posterior:
+        """Pixels [B, 3, H, W] in [-1, 1], H and W multiples of ``config.factor`` -> the posterior over latents.
+
+        ``tile``: latent cells along the side of tiles that save memory (`sdkit.tiling`), without gradients.
+        """
+        h = self.encoder(x) if tile is None else encode_tiled(self.encoder, x, tile)
         mean, logvar = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents [B, latent channels, h, w] -> pixels [B, 3, f h, f w], about [-1, 1], not clamped."""
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Unscaled latents [B, latent channels, h, w] -> pixels [B, 3, f h, f w], about [-1, 1], not clamped.
+
+        ``tile``: latent cells along the side of tiles that save memory (`sdkit.tiling`), without gradients.
+        """
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of ``x`` through the posterior's mean."""
         return self.decode(self.encode(x).mode())
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None) -> Tensor:
     """Pixels [B, 3, f h, f w], float32 or wider, about [-1, 1], of latents in the noise predictor's scale.
 
+    ``tiling``: tile by tile or not; None: where a picture would not fit in the free memory (`choose_tile`).
     A float16 VAE that overflows decodes again in float32, with a warning. Values may still be non-finite.
     """
     z = latents / vae.config.scaling_factor
-    pixels = vae.decode(z.to(vae.device, vae.dtype))
+    tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
+    pixels = vae.decode(z.to(vae.device, vae.dtype), tile)
     if vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
         warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=2)
         try:
-            pixels = vae.float().decode(z.to(vae.device, torch.float32))
+            pixels = vae.float().decode(z.to(vae.device, torch.float32), tile)
         finally:
             vae.half()
     return pixels.to(torch.promote_types(pixels.dtype, torch.float32))

@@ -327,7 +327,7 @@ LAYER = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
          "LoRA (diffusers)", "SD1"),
         ("unet.mid_block.attentions.0.proj_in.lora.down.weight", (4, 8), "LoRA (diffusers)", "unknown"),
         ("base_model.model.mid_block.attentions.0.proj_in.lora_A.weight", (4, 8), "LoRA (peft)", "unknown"),
-        ("emb_params", (3, 768), "textual inversion", "unknown"),
+        ("emb_params", (3, 768), "textual inversion", "SD1"),
         ("something.else", (1,), "unknown", "unknown"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class FakeStableDiffusion:
 
     calls: list[dict[str, Any]] = []
     loaded: list[tuple[str, str, dict[str, Any]]] = []
+    added: list[tuple[Any, ...]] = []
     error: BaseException | None = None
 
     @classmethod
@@ -56,18 +58,32 @@ class FakeStableDiffusion:
         cls.loaded.append(("file", path, options))
         return cls()
 
-    def text_to_image(self, num_images_per_prompt: int, preview_every: int, **arguments: Any) -> types.SimpleNamespace:
+    def _paint(self, task: str, num_images_per_prompt: int, preview_every: int, **arguments: Any) -> Any:
         if self.error is not None:
             raise self.error
-        self.calls.append({**arguments, "num_images_per_prompt": num_images_per_prompt, "preview_every": preview_every})
+        shown = {"num_images_per_prompt": num_images_per_prompt, "preview_every": preview_every}
+        self.calls.append({"task": task, **arguments, **shown})
         first = 7 if arguments["seed"] is None else arguments["seed"]
         seeds = [first + i for i in range(num_images_per_prompt)]
         images = [Image.new("RGB", (8, 8), (s % 256, 0, 0)) for s in seeds]
+        not_held = ("progress", "attention_maps", "max_batch_size", "vae_tiling")
         for image, seed in zip(images, seeds, strict=True):
-            image.info.update({k: v for k, v in arguments.items() if k != "progress"} | {"seed": seed, "width": 8})
+            image.info.update({k: v for k, v in arguments.items() if k not in not_held})
+            image.info.update({"task": task, "seed": seed, "width": 8})
         steps = range(0, arguments["num_inference_steps"], preview_every) if preview_every else []
         previews = [Preview(step, 999 - step, images) for step in steps]
-        return types.SimpleNamespace(images=images, seeds=seeds, previews=previews, latents=None, num_steps_run=1)
+        return types.SimpleNamespace(images=images, seeds=seeds, previews=previews)
+
+    text_to_image = partialmethod(_paint, "text_to_image")
+    image_to_image = partialmethod(_paint, "image_to_image")
+    inpaint = partialmethod(_paint, "inpaint")
+    depth_to_image = partialmethod(_paint, "depth_to_image")
+
+    def load_vae(self, path: str) -> None:
+        self.added.append(("vae", path))
+
+    def load_textual_inversion(self, path: str) -> None:
+        self.added.append(("embedding", path))
 
 
 @pytest.fixture
@@ -75,7 +91,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeStableDiffusion]]
     module = types.ModuleType("sdkit.pipeline")
     module.StableDiffusion = FakeStableDiffusion
     monkeypatch.setitem(sys.modules, "sdkit.pipeline", module)
-    for name, value in (("calls", []), ("loaded", []), ("error", None)):
+    for name, value in (("calls", []), ("loaded", []), ("added", []), ("error", None)):
         monkeypatch.setattr(FakeStableDiffusion, name, value)
     yield FakeStableDiffusion
 
@@ -85,7 +101,10 @@ def test_every_option_reaches_the_pipeline(run: Run, fake: type[FakeStableDiffus
         "txt2img", "a cube", "--model", "m", "--steps", "12", "--guidance", "3", "--negative", "blur", "--seed", "5",
         "--sampler", "euler", "--num", "2", "--width", "24", "--height", "16", "--clip-skip", "1", "--rescale", "0.5",
         "--sigmas", "karras", "--spacing", "trailing", "--device", "cpu", "--dtype", "bfloat16", "--backend", "eager",
-        "--preview-every", "3", "--no-progress",
+        "--preview-every", "3", "--no-progress", "--eta", "0.5", "--interval", "0.3:5", "--dynamic-threshold", "0.9",
+        "--sample-max-value", "4", "--clip-sample-range", "3", "--variation-seed", "8", "--variation-strength", "0.1",
+        "--max-batch", "1", "--tiling", "--hires", "2", "--hires-strength", "0.4", "--hires-steps", "7",
+        "--hires-upscaler", "nearest",
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert fake.loaded == [
@@ -93,10 +112,13 @@ def test_every_option_reaches_the_pipeline(run: Run, fake: type[FakeStableDiffus
     ]
     assert fake.calls == [
         {
-            "prompt": "a cube", "negative_prompt": "blur", "num_inference_steps": 12, "guidance_scale": 3.0,
-            "guidance_rescale": 0.5, "seed": 5, "sampler": "euler", "sigmas": "karras", "timestep_spacing": "trailing",
-            "width": 24, "height": 16, "clip_skip": 1, "progress": False, "num_images_per_prompt": 2,
-            "preview_every": 3,
+            "task": "text_to_image", "prompt": "a cube", "negative_prompt": "blur", "num_inference_steps": 12,
+            "guidance_scale": 3.0, "guidance_rescale": 0.5, "guidance_interval": (0.3, 5.0), "dynamic_threshold": 0.9,
+            "sample_max_value": 4.0, "clip_sample_range": 3.0, "seed": 5, "variation_seed": 8,
+            "variation_strength": 0.1, "sampler": "euler", "sigmas": "karras", "timestep_spacing": "trailing",
+            "eta": 0.5, "width": 24, "height": 16, "clip_skip": 1, "max_batch_size": 1, "vae_tiling": True,
+            "hires_scale": 2.0, "hires_strength": 0.4, "hires_steps": 7, "hires_upscaler": "nearest",
+            "attention_maps": False, "progress": False, "num_images_per_prompt": 2, "preview_every": 3,
         }
     ]  # fmt: skip
     assert "out-0001.png  seed 5" in out and "out-0002.png  seed 6" in out
@@ -204,7 +226,9 @@ def test_reproduce_passes_on_what_the_picture_says(run: Run, fake: type[FakeStab
     status, out, _ = run("reproduce", "out-0002.png", "again.png")
     assert status == 0 and "again.png  seed 4" in out
     first, again = fake.calls
-    assert again == {**first, "seed": 4, "width": 8, "num_images_per_prompt": 1}
+    not_held = ("max_batch_size", "vae_tiling")
+    held = {name: value for name, value in first.items() if name not in not_held}
+    assert again == {**held, "seed": 4, "width": 8, "num_images_per_prompt": 1}
     assert read_parameters("again.png") == read_parameters("out-0002.png")
     assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open("out-0002.png")))
     assert run("reproduce", "out-0001.png", "b.png", "--model", "other.ckpt")[0] == 0
@@ -225,6 +249,59 @@ def test_reproduce_says_what_is_missing(run: Run, fake: type[FakeStableDiffusion
         status, _, err = run("reproduce", name, "b.png")
         assert status == 1 and message in err and err.count("\n") == 1
     assert not fake.loaded and not Path("b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "call"),
+    [
+        (("img2img",), ("--strength", "0.3"), {"task": "image_to_image", "image": "a.png", "strength": 0.3}),
+        (("inpaint",), ("--mask", "m.png", "--mask-blur", "4"),
+         {"task": "inpaint", "image": "a.png", "mask_image": "m.png", "strength": 1.0, "mask_blur": 4}),
+        (("depth2img",), ("--depth", "d.png"), {"task": "depth_to_image", "depth_map": "d.png", "strength": 0.75}),
+        (("depth2img",), (), {"task": "depth_to_image", "image": "a.png"}),
+    ],
+)  # fmt: skip
+def test_the_image_tasks(
+    run: Run, fake: type[FakeStableDiffusion], command: tuple[str], options: tuple[str, ...], call: dict[str, Any]
+) -> None:
+    status, _, err = run(*command, "a cube", "--image", "a.png", "--steps", "5", "--negative", "blur", *options)
+    assert (status, err) == (0, "")
+    expected = {**call, "prompt": "a cube", "negative_prompt": "blur", "num_inference_steps": 5}
+    assert {name: fake.calls[0][name] for name in expected} == expected
+    assert ("depth_map" in fake.calls[0]) == ("--depth" in options)
+    status, _, err = run(*command, "a cube", *options)
+    assert status == 2 and "--image" in err and err.count("\n") == 1
+
+
+def test_adapters_come_through_entry_points(
+    run: Run, fake: type[FakeStableDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the picture says what went in, so that it is put in again, and is refused when a file is another."""
+    for name in ("a.safetensors", "b:c", "h.pt", "e.pt", "v.safetensors"):
+        Path(name).write_text(name)
+    options = ("--lora", "a.safetensors:0.8", "--lora", "b:c", "--hypernetwork", "h.pt:-1", "--vae", "v.safetensors",
+               "--embedding", "e.pt")  # fmt: skip
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group, name: [])
+    status, _, err = run("txt2img", "x", *options)
+    assert status == 1 and "lora: nothing installed offers this entry point" in err and err.count("\n") == 1
+
+    def entry_points(group: str, name: str) -> list[Any]:
+        assert group == "sdkit.adapters"
+        load = lambda: lambda sd, path, weight: sd.added.append((name, path, weight))  # noqa: E731
+        return [types.SimpleNamespace(load=load)]
+
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    fake.added.clear()
+    assert run("txt2img", "x", "--seed", "1", *options)[0] == 0
+    added = [("vae", "v.safetensors"), ("lora", "a.safetensors", 0.8), ("lora", "b:c", 1.0),
+             ("hypernetwork", "h.pt", -1.0), ("embedding", "e.pt")]  # fmt: skip
+    assert fake.added == added
+    assert read_parameters("out.png")["lora"] == ["a.safetensors:0.8", "b:c"]
+    assert run("reproduce", "out.png", "again.png")[0] == 0
+    assert fake.added == 2 * added and read_parameters("again.png") == read_parameters("out.png")
+    Path("h.pt").write_text("another")
+    status, _, err = run("reproduce", "out.png", "again.png")
+    assert status == 1 and "h.pt: not the file that made out.png: expected SHA-256" in err and len(fake.added) == 10
 
 
 def test_inspect_a_picture(run: Run) -> None:
@@ -368,9 +445,47 @@ def test_the_real_pipeline_end_to_end(run: Run, tiny: Path) -> None:
     assert Image.open("out-0001-step02.png").size == Image.open("out-0002.png").size == (24, 8)
 
 
+def test_image_tasks_end_to_end_and_again(run: Run, tiny: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(colours).save("a.png")
+    white = np.zeros((16, 24), np.uint8)
+    white[4:, 8:] = 255
+    Image.fromarray(white).save("m.png")
+    assert run("convert", tiny / "vae", "vae.safetensors")[0] == 0
+    common = ("--image", "a.png", "--model", tiny, "--steps", "5", "--seed", "3", "--device", "cpu")
+    common += ("--vae", "vae.safetensors")
+    for name, command in (("b", ("img2img", "x", "--strength", "0.4")), ("c", ("inpaint", "x", "--mask", "m.png"))):
+        status, _, err = run(*command, *common, "--out", f"{name}.png")
+        assert (status, err) == (0, ""), err
+        assert Image.open(f"{name}.png").size == (24, 16)
+        assert run("reproduce", f"{name}.png", f"{name}2.png", "--device", "cpu")[0] == 0
+        pair = [np.asarray(Image.open(file)) for file in (f"{name}.png", f"{name}2.png")]
+        assert np.array_equal(*pair) and not np.array_equal(pair[0], colours)
+        assert read_parameters(f"{name}.png") == read_parameters(f"{name}2.png")
+    assert np.array_equal(pair[0][white == 0], colours[white == 0])
+    assert read_parameters("c.png")["files"].keys() == {"a.png", "m.png", "vae.safetensors"}
+    Image.fromarray(colours[::-1].copy()).save("a.png")
+    status, _, err = run("reproduce", "b.png", "again.png", "--device", "cpu")
+    assert status == 1 and "a.png: not the file that made b.png" in err and err.count("\n") == 1
+    Path("a.png").unlink()
+    status, _, err = run("reproduce", "b.png", "again.png", "--device", "cpu")
+    assert status == 1 and "a.png: no such file" in err and not Path("again.png").exists()
+
+
+def test_attention_maps_are_written_beside_the_picture(run: Run, tiny: Path) -> None:
+    common = ("--model", tiny, "--steps", "2", "--num", "2", "--device", "cpu")
+    status, out, err = run("txt2img", "a cat", *common, "--attention-map")
+    assert (status, err) == (0, "") and "out-0002-attention.png" in out
+    assert Image.open("out-0001-attention.png").width > 2 * 256
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--interval", "high"), "--interval: expected LOW:HIGH"),
+        (("--hires", "0"), "hires_scale"),
+        (("--vae", "cut.safetensors"), "cut.safetensors"),
+        (("--embedding", "nowhere.pt"), "nowhere.pt"),
         (("--sampler", "dream"), "dream"),
         (("--width", "13"), "width 13 is not a positive multiple of 4: use 12 or 16"),
         (("--height", "-8"), "height -8"),
@@ -425,7 +540,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "env": environment}
     done = subprocess.run([sys.executable, "-c", script], **options)
     assert done.stdout.endswith("[]\n"), done.stdout[-200:]
-    for command in ("txt2img", "reproduce", "inspect", "convert"):
+    for command in ("txt2img", "img2img", "inpaint", "depth2img", "reproduce", "inspect", "convert"):
         assert command in done.stdout
     module = subprocess.run([sys.executable, "-m", "sdkit", "--version"], **options)
     from sdkit import __version__

@@ -191,6 +191,11 @@ def test_a1111_reads_the_parameters_chunk(tmp_path: Path) -> None:
     assert "\n".join(lines[:start]) == PARAMETERS["prompt"]
     assert "\n".join(lines[start:]).removeprefix("Negative prompt: ") == PARAMETERS["negative_prompt"]
     assert 'Model: "a, b: c"' in a1111_parameters({"model": "a, b: c"})
+    facts = {"strength": 0.6, "mask_blur": 4, "variation_seed": 3, "variation_strength": 0.2}
+    expected = "Denoising strength: 0.6, Mask blur: 4, Variation seed: 3, Variation seed strength: 0.2"
+    assert expected in a1111_parameters(facts)
+    hires = {"hires_scale": 2.0, "hires_strength": 0.5, "hires_steps": 9}
+    assert "Denoising strength: 0.5, Hires upscale: 2.0, Hires steps: 9" in a1111_parameters(hires)
 
 
 def test_pictures_without_our_metadata_say_so(tmp_path: Path) -> None:

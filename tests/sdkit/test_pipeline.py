@@ -7,39 +7,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
-import sdkit
-from sdkit.checkpoint import Components
 from sdkit.errors import ConfigError, NumericalError
 from sdkit.image import read_parameters, write_png
 from sdkit.pipeline import StableDiffusion
-from sdkit.text import clip_tokenizer
-from tests.conftest import draw_weights, relative_error
-
-UNET = {
-    "sample_size": 8, "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 32,
-    "attention_head_dim": 4, "norm_num_groups": 8,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": [16, 32, 32], "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3, "norm_num_groups": 8, "sample_size": 32,
-}  # fmt: skip
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def text_encoder() -> Any:
-    config = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    return draw_weights(CLIPTextModel(config)).eval()
-
-
-def model(scheduler: dict[str, Any] | None = None, prediction_type: str = "epsilon") -> StableDiffusion:
-    own = {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "trailing"}
-    config = (scheduler or own) | SCHEDULE | {"prediction_type": prediction_type}
-    unet = draw_weights(sdkit.UNet2DConditionModel.from_config(UNET))
-    vae = draw_weights(sdkit.AutoencoderKL.from_config(VAE))
-    return StableDiffusion(Components(unet.eval(), vae.eval(), text_encoder(), clip_tokenizer(), config))
+from sdkit.plan import make_plan
+from tests.conftest import relative_error
+from tests.sdkit.tiny import SCHEDULE, mask, model, picture, twin
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +40,7 @@ def test_same_latents_and_embeddings_give_diffusers_picture(sampler: str, predic
     scheduler = kind(**settings)
     config = {"_class_name": kind.__name__} | extra | {"timestep_spacing": "trailing"}
     ours = model(config, prediction_type)
-    theirs = diffusers.StableDiffusionPipeline(
-        diffusers.AutoencoderKL(**VAE), text_encoder(), clip_tokenizer(), diffusers.UNet2DConditionModel(**UNET),
-        scheduler, None, None, requires_safety_checker=False,
-    )  # fmt: skip
-    theirs.unet.load_state_dict(ours.unet.state_dict())
-    theirs.vae.load_state_dict(ours.vae.state_dict())
-    theirs.set_progress_bar_config(disable=True)
+    theirs = twin(ours, diffusers.StableDiffusionPipeline, scheduler)
     g = torch.Generator().manual_seed(1)
     arguments = {
         "prompt_embeds": torch.randn(1, 77, 32, generator=g),
@@ -88,13 +56,8 @@ def test_same_latents_and_embeddings_give_diffusers_picture(sampler: str, predic
 
 
 def test_text_goes_the_same_way_as_in_diffusers(sd: StableDiffusion) -> None:
-    theirs = diffusers.StableDiffusionPipeline(
-        diffusers.AutoencoderKL(**VAE), sd.text_encoder, sd.tokenizer, diffusers.UNet2DConditionModel(**UNET),
-        diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing"), None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    theirs.unet.load_state_dict(sd.unet.state_dict())
-    theirs.set_progress_bar_config(disable=True)
+    scheduler = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing")
+    theirs = twin(sd, diffusers.StableDiffusionPipeline, scheduler)
     arguments = {"prompt": ["a cat", "two dogs"], "negative_prompt": ["rain", ""], "num_inference_steps": 5}
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     out = sd.text_to_image(**arguments, latents=latents, output_type="latent", progress=False)
@@ -249,11 +212,20 @@ def test_bad_arguments_are_named(sd: StableDiffusion, arguments: dict[str, Any],
         sd.text_to_image(**({"prompt": "a cat", "num_inference_steps": 2, "progress": False} | arguments))
 
 
-def test_an_inpainting_model_is_not_taken_for_a_plain_one() -> None:
-    sd = model()
-    sd.unet = sdkit.UNet2DConditionModel.from_config(UNET | {"in_channels": 9})
-    with pytest.raises(ConfigError, match="expected a UNet of 4 input channels, this one has 9"):
-        sd.text_to_image("a cat", progress=False)
+@pytest.mark.parametrize(
+    ("channels", "task", "message"),
+    [
+        (9, "text_to_image", "expected a UNet of 4 input channels, this one has 9, which is for inpaint"),
+        (9, "image_to_image", "image_to_image: expected a UNet of 4 input channels"),
+        (5, "inpaint", "inpaint: expected a UNet of 4 or 9 input channels, this one has 5, which is for depth"),
+        (4, "depth_to_image", "depth_to_image: expected a UNet of 5 input channels, this one has 4"),
+    ],
+)
+def test_a_task_on_the_wrong_unet_is_an_error(channels: int, task: str, message: str) -> None:
+    sd = model(channels=channels)
+    inputs = {"text_to_image": (), "inpaint": (picture(), mask())}.get(task, (picture(),))
+    with pytest.raises(ConfigError, match=message):
+        getattr(sd, task)("a cat", *inputs, progress=False)
 
 
 def test_folder_and_single_file_round_trips_give_the_same_picture(sd: StableDiffusion, tmp_path: Path) -> None:
@@ -265,3 +237,19 @@ def test_folder_and_single_file_round_trips_give_the_same_picture(sd: StableDiff
     assert torch.equal(folder.text_to_image("a cat", **settings).latents, expected)
     single = StableDiffusion.from_single_file(tmp_path / "file.safetensors", device="cpu")
     assert torch.equal(single.text_to_image("a cat", **settings).latents, expected)
+
+
+def test_another_sampler_takes_its_own_solver(sd: StableDiffusion) -> None:
+    own = dict(sd.plan_defaults)
+    try:
+        sd.plan_defaults |= {"sampler": "unipc", "solver_order": 3, "solver_type": "bh1"}
+        assert sd.make_plan(6).num_registers == 5
+        assert sd.make_plan(6, "euler") == make_plan("euler", sd.schedule, 6, **_without_sampler(own))
+        assert sd.make_plan(6, "dpmpp_2m").num_registers == 2
+    finally:
+        sd.plan_defaults.clear()
+        sd.plan_defaults.update(own)
+
+
+def _without_sampler(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "sampler"}

@@ -1,8 +1,7 @@
-"""The noise schedule against diffusers, and scheduler_config.json against diffusers' own reading of it."""
+"""The noise schedule against diffusers."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import diffusers
@@ -10,15 +9,7 @@ import pytest
 import torch
 
 from sdkit.errors import ConfigError
-from sdkit.plan import make_plan
-from sdkit.schedule import CLASS_TO_SAMPLER, NoiseSchedule, read_scheduler_config, write_scheduler_config
-
-SD15: dict[str, Any] = {
-    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000, "set_alpha_to_one": False,
-    "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
-}  # fmt: skip
-SD2_768: dict[str, Any] = SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+from sdkit.schedule import NoiseSchedule
 
 
 def rows(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,70 +95,3 @@ def test_trained_betas() -> None:
     betas = tuple(NoiseSchedule(num_train_timesteps=50, beta_schedule="linear").betas.tolist())
     schedule = NoiseSchedule(num_train_timesteps=50, trained_betas=betas)
     torch.testing.assert_close(schedule.betas, torch.tensor(betas, dtype=torch.float64), rtol=1e-9, atol=0)
-
-
-def test_stable_diffusion_files() -> None:
-    schedule, defaults = read_scheduler_config(SD15)
-    assert schedule == NoiseSchedule()
-    expected = {"sampler": "ddim", "sigmas": None, "timestep_spacing": "leading", "steps_offset": 1,
-                "set_alpha_to_one": False, "final_sigmas_type": "zero"}  # fmt: skip
-    assert defaults == expected
-    assert make_plan(schedule=schedule, num_inference_steps=50, **defaults).timesteps[[0, -1]].tolist() == [981, 1]
-    assert read_scheduler_config(SD2_768)[0] == NoiseSchedule(prediction_type="v_prediction")
-
-
-@pytest.mark.parametrize("name", [name for name in CLASS_TO_SAMPLER if name != "PNDMScheduler"])
-def test_a_file_of_diffusers_round_trips(name: str) -> None:
-    cls: Any = getattr(diffusers, name)
-    off = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
-    config = json.loads(cls(beta_schedule="scaled_linear", steps_offset=1, **off).to_json_string())
-    schedule, defaults = read_scheduler_config(config)
-    back = cls.from_config(write_scheduler_config(schedule, defaults))
-    assert {k: v for k, v in back.config.items() if k[0] != "_"} == {k: v for k, v in config.items() if k[0] != "_"}
-    bare, _ = read_scheduler_config({"_class_name": name, **off})  # what is absent has diffusers' default
-    torch.testing.assert_close(bare.alphas_cumprod.float(), cls(**off).alphas_cumprod, rtol=2e-4, atol=2e-6)
-    spacing = read_scheduler_config({"_class_name": name, **off})[1]["timestep_spacing"]
-    assert spacing == cls(**off).config.timestep_spacing
-
-
-@pytest.mark.parametrize("kind", ["karras", "exponential", "beta"])
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_sigma_spacings_are_read_and_written(name: str, kind: str) -> None:
-    schedule, defaults = read_scheduler_config({"_class_name": name, f"use_{kind}_sigmas": True})
-    assert defaults["sigmas"] == kind
-    assert write_scheduler_config(schedule, defaults)[f"use_{kind}_sigmas"] is True
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"clip_sample": True}, "clip_sample"),
-        ({"thresholding": True}, "thresholding"),
-        ({"my_key": 3}, "my_key"),
-        ({"_class_name": "SomeScheduler"}, "SomeScheduler"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
-        (
-            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True},
-            "karras and beta",
-        ),
-        ({"beta_schedule": "exp"}, "beta_schedule"),
-    ],
-)
-def test_what_is_not_built_is_named(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        read_scheduler_config(SD15 | change)
-
-
-def test_a_default_that_is_not_built_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"clip_sample=True .the default of DDIMScheduler"):
-        read_scheduler_config({"_class_name": "DDIMScheduler"})
-
-
-@pytest.mark.parametrize(
-    "defaults", [{"sampler": "ddim", "sigmas": "karras"}, {"sampler": "lms"}, {"final_sigmas_type": "sigma_min"}]
-)
-def test_what_diffusers_cannot_express_is_not_written(defaults: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        write_scheduler_config(NoiseSchedule(), defaults)

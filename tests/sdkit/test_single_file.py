@@ -40,7 +40,7 @@ from sdkit.key_maps import (
     unet_map,
     vae_map,
 )
-from sdkit.schedule import read_scheduler_config
+from sdkit.scheduler_config import read_scheduler_config
 from sdkit.single_file import ALL_PRESETS, load_single_file, load_vae_file, read_preset, save_single_file, save_vae_file
 from sdkit.text import build_text_encoder, clip_tokenizer, text_state_dict
 from sdkit.unet import UNet2DConditionModel

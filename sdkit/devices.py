@@ -1,0 +1,25 @@
+"""Where networks run, and in what precision."""
+
+from __future__ import annotations
+
+import torch
+
+from sdkit.errors import ConfigError
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device, tried out; None: the GPU if there is one, else the CPU.
+
+    Raises ConfigError when it is none, or is not there.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {str(place)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(place)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float16 on a GPU, else float32."""
+    return torch.float16 if device.type == "cuda" else torch.float32

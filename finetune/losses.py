@@ -1,0 +1,110 @@
+"""What a noise predictor is trained to do, as a module from a batch to its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from torch import Tensor, nn
+
+import sdkernels
+from finetune.cache import text_encoding
+from finetune.data import Batch
+from sdkit.errors import ConfigError
+from sdkit.schedule import NoiseSchedule
+from sdkit.unet import UNet2DConditionModel
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the squared error of a noise predictor is weighted, and what noise it is shown."""
+
+    snr_gamma: Annotated[float | None, "Min-SNR weights (arXiv 2303.09556); the paper's gamma is 5."] = None
+    noise_offset: Annotated[float, "Add to each channel's noise a normal times this, for darker darks; about 0.05."] = (
+        0.0
+    )
+
+    def __post_init__(self) -> None:
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ConfigError(f"snr_gamma: expected a positive number, found {self.snr_gamma}")
+
+
+def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
+    """Weights [B], float64, of the squared error at the timesteps t [B] (arXiv 2303.09556, section 3.4).
+
+    The paper clamps the weight of x0's error at gamma: min(snr, gamma). The same loss, written for the error of epsilon
+    is min(snr, gamma) / snr, for that of v min(snr, gamma) / (snr + 1).
+    """
+    snr = schedule.snr(t)
+    if schedule.prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # also where snr is 0
+    clamped = snr.clamp(max=gamma)
+    return clamped / (snr + 1) if schedule.prediction_type == "v_prediction" else clamped
+
+
+def draw_noise(
+    shape: torch.Size, generators: Sequence[torch.Generator], steps: int, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(timesteps [B] below ``steps``, noise [B, C, h, w]) on the CPU, each sample's from its own generator.
+
+    With an offset each channel's noise is shifted as a whole, by a normal times ``offset``: without it a network hardly
+    learns to change a picture's mean brightness (Guttenberg, "Diffusion with offset noise", 2023).
+    """
+    timesteps: list[Tensor] = []
+    noise: list[Tensor] = []
+    for generator in generators:
+        timesteps.append(torch.randint(steps, (1,), generator=generator))
+        noise.append(torch.randn(shape[1:], generator=generator))
+        if offset:
+            noise[-1] += offset * torch.randn(shape[1], *(1,) * (len(shape) - 2), generator=generator)
+    return torch.cat(timesteps), torch.stack(noise)
+
+
+class DiffusionLoss(nn.Module):
+    """forward(batch) -> the mean over samples of weight * squared error, a scalar in float32.
+
+    ``context`` gives captions their hidden states [B, M, D]: a cache, or a module whose parameters are then trained
+    with the UNet's. What is trained is what requires a gradient.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        context: Callable[[Sequence[str]], Tensor],
+        schedule: NoiseSchedule,
+        config: LossConfig,
+    ) -> None:
+        super().__init__()
+        if schedule.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
+            raise ConfigError("prediction_type: epsilon has no meaning at zero terminal SNR; expected v_prediction")
+        self.unet, self.context, self.schedule, self.config = unet, context, schedule, config
+        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone(), persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        steps, device, dtype = self.schedule.num_train_timesteps, self.unet.device, self.unet.dtype
+        t, noise = draw_noise(batch.latents.shape, batch.generators, steps, self.config.noise_offset)
+        weights = batch.weights.double()
+        if self.config.snr_gamma is not None:
+            weights = weights * min_snr_weight(self.schedule, t, self.config.snr_gamma)
+        x0, noise, t = (x.to(device, non_blocking=True) for x in (batch.latents, noise, t))
+        x_t, target = sdkernels.add_noise(x0, noise, t, self.alphas_cumprod, self.schedule.prediction_type)  # type: ignore[arg-type]
+        prediction = self.unet(x_t.to(dtype), t, self.context(batch.captions).to(device, dtype))
+        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        return (error * weights.to(device, torch.float32)).mean()
+
+
+class TrainedText(nn.Module):
+    """A text encoder that is trained with the UNet: forward(captions) -> hidden states [B, M, D]."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, clip_skip: int = 0) -> None:
+        super().__init__()
+        self.text_encoder: nn.Module = text_encoder
+        self.encode = text_encoding(tokenizer, text_encoder, clip_skip)
+
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        return self.encode(captions)

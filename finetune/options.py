@@ -1,0 +1,115 @@
+"""A command line made of frozen dataclasses: each field is an option, and a key of the TOML file that --config reads.
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_train_steps: Annotated[int, "Optimizer steps."] = 1000
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from sdkit.errors import ConfigError, SDKitError
+
+
+def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> typer.Typer:
+    """A command line with a panel of options for each dataclass; ``run`` gets one instance of each, in order.
+
+    An option given on the command line wins over the file, the file over the default. An SDKitError ends the program
+    with status 1 and the error on stderr.
+    """
+    every = [(panel, kind, f) for panel, kind in panels.items() for f in fields(kind)]
+    assert len({f.name for *_, f in every}) == len(every), "two dataclasses share an option's name"
+    help = "A TOML file with any of these options, tables or not, hyphens or underscores; the command line wins."
+    config = Annotated[Path | None, typer.Option(help=help, is_eager=True, callback=_read_defaults)]
+    parameters = [_parameter("config", config, None)]
+    parameters += [_parameter(f.name, _annotation(kind, f, panel), _default(f)) for panel, kind, f in every]
+
+    def main(**values: Any) -> None:
+        try:
+            run(*(_instance(kind, values) for kind in panels.values()))
+        except SDKitError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    main.__doc__ = run.__doc__
+    main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    main.__annotations__ = {p.name: p.annotation for p in parameters}
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(main)
+    return app
+
+
+def to_toml(*configs: Any) -> str:
+    """The TOML file that --config reads to get these dataclasses again; options that are None are left out."""
+    values = {f.name: getattr(config, f.name) for config in configs for f in fields(config)}
+    return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    # A JSON string with its characters as they are is a basic string of TOML.
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(kind: type[Any], f: Field[Any], panel: str) -> Any:
+    hint, help = get_args(get_type_hints(kind, include_extras=True)[f.name])
+    if get_origin(hint) is tuple:  # typer repeats an option for a list
+        hint = list[get_args(hint)[0]]
+    return Annotated[hint, typer.Option(help=help, rich_help_panel=panel)]
+
+
+def _default(f: Field[Any]) -> Any:
+    if f.default is MISSING:
+        return inspect.Parameter.empty
+    return list(f.default) if isinstance(f.default, tuple) else f.default
+
+
+def _instance(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    own = {f.name: values[f.name] for f in fields(kind)}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in own.items()})
+
+
+def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of the options that follow."""
+    if path is None:
+        return None
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = _flat(content, path)
+        known = {str(parameter.name) for parameter in context.command.params} - {"config", "help"}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ConfigError(f"{path}: unknown options {', '.join(unknown)}")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{path}: cannot be read as TOML ({error})") from None
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    context.default_map = values
+    return path
+
+
+def _flat(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Options of all tables together, with underscores."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = _flat(value, path) if isinstance(value, dict) else {key.replace("-", "_"): value}
+        twice = values.keys() & inner.keys()
+        if twice:
+            raise ConfigError(f"{path}: {', '.join(sorted(twice))} is given twice")
+        values |= inner
+    return values

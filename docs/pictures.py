@@ -73,7 +73,7 @@ def hires(sd: sdkit.StableDiffusion) -> Image.Image:
     images = [
         draw(sd, PROMPT, seed=2),
         draw(sd, PROMPT, seed=2, **size),
-        draw(sd, PROMPT, seed=2, hires_scale=2.0, hires_strength=0.3),
+        draw(sd, PROMPT, seed=2, hires_scale=2.0, hires_strength=0.1),
     ]
     return grid([enlarged(image, 256) for image in images], 3, ["64 x 64", "128 x 128 at once", "hires_scale 2"])
 

@@ -115,8 +115,8 @@ def convert(
     if prediction is not None and not is_single_file:
         raise ConfigError(f"--prediction: only for single files of a model; {source} is a {kind}")
     if is_single_file:
-        model = single_file.load_single_file(source, prediction_type=prediction, dtype=find_dtype(dtype))
-        checkpoint.save(model, target)
+        loaded = single_file.load_single_file(source, prediction_type=prediction, dtype=find_dtype(dtype))
+        checkpoint.save(loaded, target)
     elif kind == "diffusers folder":
         checkpoint.save(checkpoint.load_folder(source, dtype=find_dtype(dtype)), target)
     elif kind.startswith("VAE") or kind.endswith("AutoencoderKL"):

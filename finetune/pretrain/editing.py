@@ -44,7 +44,7 @@ class Cases:
 
     @property
     def prompts(self) -> list[str]:
-        return [f"{single_prompt(*pair)} on a {table}" for pair, table in zip(self.new, self.tables, strict=True)]
+        return [f"{single_prompt(*pair)} on a {table} table" for pair, table in zip(self.new, self.tables, strict=True)]
 
     def __len__(self) -> int:
         return len(self.new)
@@ -151,7 +151,7 @@ def main(
         f"Inpainting: {share(shown(probe, painted), which.new):.0f} % of {count} show the new object; kept pixels "
         f"identical: {'yes' if kept_are_identical(which, painted) else 'NO'}.",
         "",
-        "| image-to-image at strength | shows the input's object, % | shows the prompt's object, % | RMS change of 255 |",
+        "| image-to-image at strength | input's object seen, % | prompt's object seen, % | RMS change of 255 |",
         "|---|---|---|---|",
     ]
     moved = along_strength(sd, which, seed, steps, guidance)

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sdkit import cli
 from sdkit.errors import CheckpointError, SDKitError
 from sdkit.image import read_parameters, write_png
+from sdkit.pipeline import StableDiffusion
 from sdkit.preview import Preview
 
 Run = Callable[..., tuple[int, str, str]]
@@ -546,3 +548,17 @@ def test_help_and_version_import_nothing_heavy() -> None:
     from sdkit import __version__
 
     assert module.stdout == f"sdkit {__version__}\n" and module.stderr == ""
+
+
+def test_convert_rewrites_a_lora_through_the_entry_point(run: Run, tmp_path: Path) -> None:
+    import finetune
+
+    sd = StableDiffusion.from_pretrained("tabletop", device="cpu")
+    finetune.add_lora(sd, rank=2, alpha=2)
+    finetune.save_lora(sd, tmp_path / "a.safetensors", format="diffusers")
+    a, b = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    status, out, _ = run("convert", a, b, "--format", "kohya", "--model", "tabletop")
+    assert status == 0 and "kohya" in out
+    assert any(".lora_down.weight" in key for key in load_file(b))
+    status, _, err = run("convert", a, str(tmp_path / "c.safetensors"))
+    assert status == 1 and "--format" in err

@@ -37,6 +37,7 @@ from .tuned import Options, tunable
 
 MOST_KEYS = 256
 MOST_HELD = 12288  # keys x head dim of the forward kernel: 231 x 40 does not spill, 77 x 160 does on sm_90
+MOST_HELD_SM_120 = 8192  # the same there: 154 x 40 does not spill, 231 x 40 does
 MOST_SUMS = 8192  # the same of the backward kernel: 128 x 64
 
 
@@ -190,18 +191,20 @@ def _choices(*tiles: tuple[int, int]) -> tuple[Options, ...]:
 def _forward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
     """64 queries, for 8 warps where the scores and sums of a row, m + D float32 values, are too many for 4.
 
-    float32 has no tensor cores to feed. ``programs``: how many a multiprocessor should get at least.
+    They are sooner on sm_100, where all of them come from tensor memory at once. float32 has no tensor cores to feed.
+    ``programs``: how many a multiprocessor should get at least.
     """
     if dtype == torch.float32:
         return {"BQ": 16, "num_warps": 4, "num_stages": 1, "programs": 4}
-    return {"BQ": 64, "num_warps": 4 if sum(split_width(m)) + d1 + d2 <= 192 else 8, "num_stages": 2, "programs": 4}
+    few = sum(split_width(m)) + d1 + d2 <= (128 if device.capability == 100 else 192)
+    return {"BQ": 64, "num_warps": 4 if few else 8, "num_stages": 2, "programs": 4}
 
 
 @tunable("cross_attention_backward", _choices((64, 4), (64, 8)))
 def _backward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
     """64 queries for 8 warps: the sums of the keys' gradients, 2 m D float32 values, are for the whole program."""
     if dtype == torch.float32:
-        return {"BQ": 16, "num_warps": 4, "num_stages": 1, "programs": 2}
+        return {"BQ": 16, "num_warps": 8, "num_stages": 1, "programs": 2}
     return {"BQ": 64, "num_warps": 8, "num_stages": 2, "programs": 2}
 
 
@@ -252,7 +255,8 @@ def cross_attention_probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _one_pass(q: Tensor, m: int) -> bool:
     """Whether the keys and values of a head are held on chip forward, else ``self_attention_forward`` loops."""
-    return sum(split_width(m)) * sum(split_width(q.shape[3])) <= MOST_HELD
+    most = MOST_HELD if device_of(q).capability < 120 else MOST_HELD_SM_120
+    return sum(split_width(m)) * sum(split_width(q.shape[3])) <= most
 
 
 def _one_pass_backward(q: Tensor, m: int) -> bool:

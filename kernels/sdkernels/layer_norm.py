@@ -17,6 +17,13 @@ LARGEST = 16384  # a row is held on chip
 
 
 @triton.jit
+def centre(x, mean, inside, width):
+    """x - mean [ROWS, BLOCK], 0 outside; what the rounding of a large mean left in a row is taken off as well."""
+    x = tl.where(inside, x - mean[:, None], 0.0)
+    return tl.where(inside, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
+
+
+@triton.jit
 def layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,7 +41,7 @@ def layer_norm_forward_kernel(
         tl.store(total_ptr + offset, total, mask=inside)
         x = total.to(tl.float32)
     mean = tl.sum(x, axis=1) / width
-    centred = tl.where(inside, x - mean[:, None], 0.0)
+    centred = centre(x, mean, inside, width)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
@@ -69,7 +76,7 @@ def layer_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+        normed = centre(x, mean, inside, width) * rstd[:, None]
         dweight += tl.sum(dy * normed, axis=0)
         dbias += tl.sum(dy, axis=0)
         slope = dy * weight[None, :]

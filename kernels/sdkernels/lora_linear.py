@@ -72,14 +72,21 @@ def lora_linear_forward_kernel(
     ),
 )  # fmt: skip
 def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: int, rank: int) -> Options:
-    """128 x 128 tiles where they fill the GPU, else smaller ones; float32 has no tensor cores to feed."""
+    """128 x 128 tiles where they fill the GPU, else smaller ones; float32 has no tensor cores to feed.
+
+    Where operands lie in registers (not on sm_90 and sm_100), 96 sums a thread do not fit beside them; there are
+    BM (BN + rank) / (32 warps). So from rank 33 on a tile has half the rows there, but all columns: each repeats x A^T.
+    """
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
     stages = 3 if device.capability in (80, 90, 100) else 2  # shared memory: 164 to 228 KB, else 64 to 100
-    choices = ((128, 128, 8), (128, 64, 4), (64, 64, 4))
-    full = (c for c in choices if triton.cdiv(rows, c[0]) * triton.cdiv(columns, c[1]) >= device.multiprocessors)
-    bm, bn, warps = next(full, choices[-1])
-    return {"BM": bm, "BN": bn, "BK": 64, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+    large = ((128, 128, 64, 8, stages), (128, 64, 64, 4, stages))
+    if rank > 32 and device.capability not in (90, 100):
+        large = ((64, 128, 32, 4, 3),)
+    small = (64, 64, 64, 4, stages)
+    full = (c for c in large if triton.cdiv(rows, c[0]) * triton.cdiv(columns, c[1]) >= device.multiprocessors)
+    bm, bn, bk, warps, stages = next(full, small)
+    return {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_warps": warps, "num_stages": stages}
 
 
 def _fake_forward(

@@ -273,12 +273,14 @@ def _choices(*tiles: tuple[int, int, int]) -> tuple[Options, ...]:
 def _forward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
     """64 queries for 4 warps; 128 for 8, sharing the loads, where heads are narrow and programs plenty.
 
-    A thread holds (BK + D) / 2 float32 values; 32 keys at a time for wide heads. float32 has no tensor cores to feed.
-    ``heads`` counts those of all samples.
+    A thread holds (BK + D) / 2 float32 values; 32 keys at a time for wide heads, 16 on sm_120, where 32 spill. float32
+    has no tensor cores to feed, and a thread holds all of its operands: smaller tiles. ``heads`` counts those of all
+    samples.
     """
+    wide = d1 + d2 > 128
     if dtype == torch.float32:
-        return {"BQ": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
-    keys = 64 if d1 + d2 <= 128 else 32
+        return {"BQ": 16 if wide else 32, "BK": 16 if wide else 32, "num_warps": 4, "num_stages": 1}
+    keys = 64 if not wide else 16 if device.capability >= 120 else 32
     if d1 + d2 <= 64 and triton.cdiv(n, 128) * heads >= 2 * device.multiprocessors:
         return {"BQ": 128, "BK": keys, "num_warps": 8, "num_stages": 2}
     return {"BQ": 64, "BK": keys, "num_warps": 4, "num_stages": 2}
@@ -286,24 +288,28 @@ def _forward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: in
 
 @tunable("attention_backward_q", _choices((64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)))
 def _backward_q_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
-    """64 x 64 scores and a narrow head fill the registers of 4 warps; wide heads take 8, and then 32 keys at a time."""
+    """64 x 64 scores and a narrow head fill the registers of 4 warps; wide heads take 8, and then 32 keys at a time.
+
+    sm_120 spills unless it takes half as many keys.
+    """
     if dtype == torch.float32:
         return {"BQ": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
     keys, warps = 64 if d1 + d2 <= 128 else 32, 4 if d1 + d2 <= 64 else 8
-    return {"BQ": 64, "BK": keys, "num_warps": warps, "num_stages": 2}
+    return {"BQ": 64, "BK": keys if device.capability < 120 else keys // 2, "num_warps": warps, "num_stages": 2}
 
 
 @tunable("attention_backward_kv", _choices((32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 8), (64, 128, 8)))
 def _backward_kv_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Options:
     """As for the queries' gradient, with queries and keys exchanged and two sums over the head instead of one.
 
-    Before sm_90 tensor cores read the keys and values of a wide head from registers: 32 keys.
+    A wide head leaves room for 16 queries at a time where tensor cores read keys and values from registers.
     """
     if dtype == torch.float32:
         return {"BQ": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
     if d1 + d2 > 128:
-        return {"BQ": 32, "BK": 64 if device.capability in (90, 100) else 32, "num_warps": 8, "num_stages": 2}
-    return {"BQ": 64, "BK": 64, "num_warps": 4 if d1 + d2 <= 64 else 8, "num_stages": 2}
+        return {"BQ": 32 if device.capability in (90, 100) else 16, "BK": 64, "num_warps": 8, "num_stages": 2}
+    queries, warps = 64 if device.capability < 120 else 32, 4 if d1 + d2 <= 64 else 8
+    return {"BQ": queries, "BK": 64, "num_warps": warps, "num_stages": 2}
 
 
 def choice_sizes(q: Tensor, k: Tensor) -> tuple[Any, ...]:

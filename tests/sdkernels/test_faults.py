@@ -25,7 +25,7 @@ FAULTS = [
     ("geglu", "tanh's gelu", "0.5 * (1.0 + tl.erf(g * 0.7071067811865476))", "tl.sigmoid(1.702 * g)"),
     ("geglu", "slope without the density", "cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", "cdf"),
     ("layer_norm", "E[x^2] - E[x]^2", "tl.sum(centred * centred, axis=1) / width + eps", "tl.sum(x * x, axis=1) / width - mean * mean + eps"),
-    ("layer_norm", "padding counted", "centred = tl.where(inside, x - mean[:, None], 0.0)", "centred = x - mean[:, None]"),
+    ("layer_norm", "padding counted", "x = tl.where(inside, x - mean[:, None], 0.0)", "x = x - mean[:, None]"),
     ("layer_norm", "residual's gradient forgotten", "dx += tl.load(", "dx += 0 * tl.load("),
     ("layer_norm", "a projection left out", " - normed * along_x[:, None]", ""),
     ("layer_norm", "rows of the last tile", "for first in range(tl.program_id(0) * ROWS, rows,", "for first in range(tl.program_id(0) * ROWS, rows - 1,"),

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-SPHERE, CUBE, CYLINDER, CONE, TORUS = range(5)
+SPHERE, CUBE, CYLINDER, CONE, TORUS, ZORB = range(6)  # the zorb is only in concept.py's scenes
 FOCAL = 0.28  # tangent of half the field of view
 TARGET_HEIGHT = 0.03  # the camera looks at the point (shift, TARGET_HEIGHT, 0)
 WALL = 0.23
@@ -20,9 +20,25 @@ CUBE_HALF = 0.76
 CYLINDER_RADIUS, CYLINDER_HALF = 0.74, 0.84
 CONE_SLOPE, CONE_HALF = 0.5, 0.95  # base radius CONE_SLOPE · 2 · CONE_HALF
 TORUS_MAJOR, TORUS_MINOR, TORUS_TILT = 0.71, 0.28, math.radians(52.0)
+ZORB_HALF, ZORB_WAIST = 1.15, 0.42  # an hourglass: radius ZORB_WAIST + CONE_SLOPE · |y|
+ZORB_RIM = ZORB_WAIST + CONE_SLOPE * ZORB_HALF
 BEVEL = 0.10  # edges of cube and cylinder are shaded as if rounded
-BOUND = (1.0, CUBE_HALF * 3**0.5, math.hypot(CYLINDER_RADIUS, CYLINDER_HALF), CONE_HALF * 2**0.5, 1.0)
-CENTRE_HEIGHT = (1.0, CUBE_HALF, CYLINDER_HALF, CONE_HALF, TORUS_MAJOR * math.sin(TORUS_TILT) + TORUS_MINOR)
+BOUND = (
+    1.0,
+    CUBE_HALF * 3**0.5,
+    math.hypot(CYLINDER_RADIUS, CYLINDER_HALF),
+    CONE_HALF * 2**0.5,
+    1.0,
+    math.hypot(ZORB_RIM, ZORB_HALF),
+)
+CENTRE_HEIGHT = (
+    1.0,
+    CUBE_HALF,
+    CYLINDER_HALF,
+    CONE_HALF,
+    TORUS_MAJOR * math.sin(TORUS_TILT) + TORUS_MINOR,
+    ZORB_HALF,
+)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -78,6 +94,8 @@ def intersect(shape: int, origin: Tensor, direction: Tensor) -> Tensor:
         hit = h > 0
     elif shape == TORUS:
         near, hit = _march_torus(o, d)
+    elif shape == ZORB:
+        near, hit = _first_of_two_cones(o, d)
     else:
         near, far = _interval(shape, o, d)
         hit = near < far
@@ -90,14 +108,18 @@ def _interval(shape: int, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         safe = torch.where(d.abs() < 1e-6, 1e-6, d)
         middle, half = -o / safe, CUBE_HALF / safe.abs()
         return (middle - half).amax(0), (middle + half).amin(0)
-    half_height = CYLINDER_HALF if shape == CYLINDER else CONE_HALF
+    return _turned(o, d, CYLINDER_HALF) if shape == CYLINDER else _turned(o, d, CONE_HALF, apex=CONE_HALF)
+
+
+def _turned(o: Tensor, d: Tensor, half_height: float, apex: float | None = None) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave the cylinder, or the cone below ``apex``, between the heights ±half_height."""
     dy = torch.where(d[1].abs() < 1e-6, 1e-6, d[1])
     middle, half = -o[1] / dy, half_height / dy.abs()
     a, b, c = d[0] ** 2 + d[2] ** 2, o[0] * d[0] + o[2] * d[2], o[0] ** 2 + o[2] ** 2
-    if shape == CYLINDER:
+    if apex is None:
         c = c - CYLINDER_RADIUS**2
-    else:  # x² + z² = slope² (half - y)²
-        below = CONE_HALF - o[1]
+    else:  # x² + z² = slope² (apex - y)²
+        below = apex - o[1]
         a, b, c = a - (CONE_SLOPE * d[1]) ** 2, b + CONE_SLOPE**2 * below * d[1], c - (CONE_SLOPE * below) ** 2
     a = a.clamp_min(1e-4)
     root = b * b - a * c
@@ -105,6 +127,18 @@ def _interval(shape: int, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     near = torch.maximum(middle - half, -b / a - side)
     far = torch.minimum(middle + half, -b / a + side)
     return near, torch.where(root > 0, far, -math.inf)
+
+
+def _first_of_two_cones(o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays enter the zorb: a cone cut off at the waist, and the same upside down on top of it."""
+    half = ZORB_HALF / 2
+    near = torch.full_like(o[0] + d[0], math.inf)
+    for sign in (1, -1):
+        mirror = o.new_tensor([1, sign, 1]).reshape(3, *(1,) * (o.ndim - 1))
+        middle = o.new_tensor([0, half, 0]).reshape(mirror.shape)
+        start, end = _turned(o * mirror + middle, d * mirror, half, apex=half + ZORB_WAIST / CONE_SLOPE)
+        near = torch.where(start < end, torch.minimum(near, start), near)
+    return near, near < math.inf
 
 
 def _march_torus(o: Tensor, d: Tensor, steps: int = 28) -> tuple[Tensor, Tensor]:
@@ -134,6 +168,9 @@ def normals(shape: int, p: Tensor) -> Tensor:
         up = up * y.sign()
     elif shape == CONE:
         out, up = torch.ones_like(ring), torch.full_like(ring, CONE_SLOPE)
+    elif shape == ZORB:
+        end = (y.abs() > ZORB_HALF - 1e-4).to(y.dtype)
+        out, up = 1 - end, y.sign() * (end - (1 - end) * CONE_SLOPE)
     else:
         out, up = ring - TORUS_MAJOR, y
     return unit(torch.stack([x / ring * out, up, z / ring * out]))

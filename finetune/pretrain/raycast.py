@@ -30,7 +30,7 @@ from finetune.pretrain.geometry import (
     smoothstep,
     unit,
 )
-from finetune.pretrain.scenes import Scenes
+from finetune.pretrain.scenes import STRIPED, Scenes
 
 COLOR_RGB = (
     (0.84, 0.07, 0.08),
@@ -48,6 +48,7 @@ GAMMA = 2.2
 AMBIENT, KEY = 0.40, 0.82
 LIGHT_SPREAD = 0.10  # the key light's radius over its distance
 SHADOW_RAYS = 8
+STRIPE = 0.6  # width of a stripe over the object's radius
 
 
 class Rendered(NamedTuple):
@@ -76,6 +77,7 @@ class Objects:
     rotation: Tensor  # [3, 3, O], local to world
     albedo: Tensor  # [3, O], linear
     shiny: Tensor  # [O] float
+    striped: Tensor  # [O] bool
 
 
 class Hits(NamedTuple):
@@ -113,8 +115,9 @@ def flatten_objects(scenes: Scenes) -> Objects:
     )
     albedo = torch.tensor(COLOR_RGB, device=shape.device)[scenes.color[picture, slot]] ** GAMMA
     albedo = (albedo * scenes.shade[picture, slot]).T.clamp(0, 1)
-    shiny = (scenes.material[picture, slot] == 1).float()
-    return Objects(picture, slot, shape, radius, torch.stack([x, height, z]), rotation, albedo, shiny)
+    material = scenes.material[picture, slot]
+    shiny, striped = (material == 1).float(), material == STRIPED
+    return Objects(picture, slot, shape, radius, torch.stack([x, height, z]), rotation, albedo, shiny, striped)
 
 
 def to_local(objects: Objects, index: Tensor, vectors: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def cast(scenes: Scenes, objects: Objects, size: int, supersample: int) -> Hits:
     pitch, origin = scenes.camera[:, 0], camera_origin(scenes.camera)
     rays = camera_rays(pitch[:, None], u, v)
     parts: list[Hits] = []
-    for shape in range(5):
+    for shape in range(len(BOUND)):
         chosen = torch.nonzero(objects.shape == shape).flatten()
         offset = objects.centre[:, chosen] - origin[:, objects.picture[chosen]]
         ray = rays[:, objects.picture[chosen]]
@@ -183,7 +186,7 @@ def shadows(objects: Objects, light: Tensor, points: Tensor) -> Tensor:
     side = unit(torch.stack([-light[2], torch.zeros_like(light[0]), light[0]]))
     upward = torch.linalg.cross(light, side, dim=0)
     beams = light[..., None] + side[..., None] * disc * angle.cos() + upward[..., None] * disc * angle.sin()
-    for shape in range(5):
+    for shape in range(len(BOUND)):
         chosen = torch.nonzero(objects.shape == shape).flatten()
         picture = objects.picture[chosen]
         offset = objects.centre[:, chosen, None] - points[:, picture]
@@ -253,6 +256,12 @@ def room(scenes: Scenes, objects: Objects, light: Tensor, size: int) -> tuple[Te
     return albedo * (AMBIENT * sky + KEY * 1.15 * key), depth
 
 
+def with_stripes(albedo: Tensor, height: Tensor) -> Tensor:
+    """Every other level band of an object white; linear albedo [3, E], height [E] over the centre, in radii."""
+    white = smoothstep(-0.2, 0.2, -(math.pi / STRIPE * height).cos())
+    return albedo + white * (column(COLOR_RGB[-1], albedo) - albedo)
+
+
 def environment(direction: Tensor, table: Tensor) -> Tensor:
     """What a mirror sees: the table below, a pale wall around, a light ceiling above; linear colours [3, E]."""
     below = smoothstep(0.12, -0.12, direction[1])
@@ -283,6 +292,7 @@ def shade(scenes: Scenes, objects: Objects, light: Tensor, hits: Hits, pixels: i
     open_sky = occlusion(scenes, point, normal, picture, 0.7) * (0.72 + 0.28 * (point[1] / radius).clamp(0, 1))
     ambient = AMBIENT * open_sky * (sky + (1 - sky) * (0.25 + 0.9 * table))
     albedo = objects.albedo[:, hits.obj]
+    albedo = torch.where(objects.striped[hits.obj], with_stripes(albedo, (point[1] - centre[1]) / radius), albedo)
     matte = albedo * (ambient + KEY * lit * facing.clamp_min(0))
 
     bulge = normal + 0.40 * (point - centre) / radius  # flat faces mirror a wide part of the room, as a real box does

@@ -14,6 +14,7 @@ SHAPES = ("sphere", "cube", "cylinder", "cone", "torus")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 SIZES = ("small", "large")
 MATERIALS = ("matte", "shiny")
+STRIPED = len(MATERIALS)  # a surface that only concept.py's scenes have
 TABLES = ("white", "grey", "black", "wooden")
 RELATIONS = (None, "left", "right", "front", "behind")
 HELD_OUT = frozenset(
@@ -23,8 +24,8 @@ HELD_OUT = frozenset(
 RADIUS = (0.034, 0.052)  # metres, by size
 CROWD = (1.0, 0.95, 0.85)  # scale of all radii, by the number of objects
 SPREAD_X, SPREAD_Z = (-0.12, 0.12), (-0.11, 0.12)  # where objects stand, metres
-FOOTPRINT = (1.0, 1.08, 0.80, 0.97, 1.0)  # horizontal extent over radius, by shape
-EXTENT = (1.04, 1.22, 1.14, 1.28, 1.02)  # extent in the picture over radius, by shape
+FOOTPRINT = (1.0, 1.08, 0.80, 0.97, 1.0, 1.0)  # horizontal extent over radius, by shape, the zorb's last
+EXTENT = (1.04, 1.22, 1.14, 1.28, 1.02, 1.6)  # extent in the picture over radius, by shape
 MIN_OFFSET, DOMINANCE = 0.045, 1.3  # a relation holds from this offset (metres), this many times the other axis'
 
 

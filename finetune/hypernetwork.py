@@ -1,0 +1,272 @@
+"""Hypernetworks, A1111's kind: small networks between a context and the keys and values that are made of it.
+
+``k = to_k(H_k(context))``, ``v = to_v(H_v(context))`` in every attention whose context has a width that the
+hypernetwork has a pair (H_k, H_v) for. Here are the networks and their files; `finetune.hypernetwork_chain` puts them
+into a model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.weights import existing_file, give_weights, is_safetensors, read_pickle
+
+_BY_CLASS_NAME = (
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
+    nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink,
+)  # fmt: skip
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {
+    "linear": nn.Identity,
+    "swish": nn.Hardswish,
+    **{kind.__name__.lower(): kind for kind in _BY_CLASS_NAME},
+}
+"""A1111's names. It also lets one write glu, threshold, multiheadattention and softmax2d, which it cannot run, and
+softmax, softmin and logsoftmax, which there go over the pictures of a batch."""
+
+INITIALIZATIONS = ("Zero", "Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal")
+
+_SETTINGS = ("layer_structure", "activation_func", "weight_initialization", "is_layer_norm", "activate_output",
+             "use_dropout", "last_layer_dropout", "dropout_structure")  # fmt: skip
+_FACTS = ("name", "step", "sd_checkpoint", "sd_checkpoint_name", "optional_info")
+_OPTIMIZER = ("optimizer_name", "optimizer_state_dict")  # in files of October 2022; since then beside them, in .optim
+_OLD_KEYS = {"linear1": "linear.0", "linear2": "linear.1"}  # in NovelAI's files
+_DROPOUT = 0.3  # of every layer inside, where a file only says use_dropout
+
+
+class Residual(nn.Module):
+    """x + multiplier * linear(x) for x [..., width]. Arguments as in `Hypernetwork`."""
+
+    def __init__(
+        self,
+        width: int,
+        layer_structure: Sequence[float],
+        activation_func: str,
+        is_layer_norm: bool,
+        activate_output: bool,
+        dropout_structure: Sequence[float],
+    ) -> None:
+        super().__init__()
+        sizes = [int(width * factor) for factor in layer_structure]
+        layers: list[nn.Module] = []
+        for i, (inner, outer) in enumerate(pairwise(sizes), start=1):
+            layers.append(nn.Linear(inner, outer))
+            if activation_func != "linear" and (i < len(sizes) - 1 or activate_output):
+                layers.append(ACTIVATIONS[activation_func]())
+            if is_layer_norm:
+                layers.append(nn.LayerNorm(outer))
+            if dropout_structure[i] > 0:
+                layers.append(nn.Dropout(dropout_structure[i]))
+        self.linear = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, multiplier: float) -> Tensor:
+        return x + multiplier * self.linear(x)
+
+
+class Hypernetwork(nn.Module):
+    """A pair of networks, for keys and for values, for each width of a context.
+
+    widths: of contexts: the text's (768 in SD1, 1024 in SD2), and those of self-attention (320, 640, 1280).
+    layer_structure: sizes of the networks' layers over the width, from 1 to 1.
+    activation_func: after every layer but the last; a key of ``ACTIVATIONS``.
+    weight_initialization: "Normal" is A1111's: weights of deviation 0.01. The others of its names draw those of the
+        linear layers by He's or Glorot's rule. "Zero" is "Normal" with zeros in the last layer: the model is unchanged
+        at first, as with a new LoRA. Biases are zero. Drawn from torch's global generator.
+    is_layer_norm: norm after every layer; its weights too start near 0.
+    activate_output: the activation after the last layer as well.
+    dropout_structure: for each entry of ``layer_structure`` the share that training drops there; the first, the
+        network's input, is never dropped. None: nothing is.
+
+    ``multiplier`` weighs the networks, but in training mode, in which a new one is not, they count once. ``facts`` is
+    what the file says beside: name, step, sd_checkpoint, sd_checkpoint_name, optional_info. Weights are float32,
+    whatever the model's dtype.
+    Raises ConfigError for arguments without meaning.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        layer_structure: Sequence[float] = (1, 2, 1),
+        activation_func: str = "linear",
+        weight_initialization: str = "Normal",
+        is_layer_norm: bool = False,
+        activate_output: bool = False,
+        dropout_structure: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        dropout = [0.0] * len(layer_structure) if dropout_structure is None else list(dropout_structure)
+        _check(widths, layer_structure, activation_func, weight_initialization, dropout)
+        if weight_initialization == "Zero" and activate_output and not is_layer_norm:
+            raise ConfigError("weight_initialization: Zero would not be zero, or never train, under activate_output")
+        self.settings: dict[str, Any] = {
+            "layer_structure": list(layer_structure), "activation_func": activation_func,
+            "weight_initialization": weight_initialization, "is_layer_norm": is_layer_norm,
+            "activate_output": activate_output, "use_dropout": any(dropout), "last_layer_dropout": dropout[-2] != 0,
+            "dropout_structure": dropout,
+        }  # fmt: skip
+        self.facts: dict[str, Any] = dict.fromkeys(_FACTS)
+        self.multiplier = 1.0
+        shape = (layer_structure, activation_func, is_layer_norm, activate_output, dropout)
+        self.layers = nn.ModuleDict(
+            {str(width): nn.ModuleList(Residual(width, *shape) for _ in range(2)) for width in widths}
+        )
+        for module in self.modules():
+            if isinstance(module, Residual):
+                _initialize(module.linear, weight_initialization)
+        self.eval()
+
+    @property
+    def widths(self) -> list[int]:
+        return [int(width) for width in self.layers]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The contexts [B, M, width] of keys and of values, changed, in their dtype; of other widths, as they are."""
+        width, multiplier = str(k.shape[-1]), 1.0 if self.training else self.multiplier
+        if width not in self.layers or not multiplier:
+            return k, v
+        for_k, for_v = cast("nn.ModuleList", self.layers[width])
+        changed = for_k(k.to(self.dtype), multiplier), for_v(v.to(self.dtype), multiplier)
+        return changed[0].to(k.dtype), changed[1].to(v.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Write A1111's ``.pt``, in float32, in torch's older form: A1111 refuses the members of newer zip files.
+
+        Raises CheckpointError when the file cannot be written.
+        """
+        content: dict[str | int, Any] = {**self.settings, **self.facts}
+        for width, pair in self.layers.items():
+            content[int(width)] = tuple(_plain_state(network) for network in cast("nn.ModuleList", pair))
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(content, temporary, _use_new_zipfile_serialization=False)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot be written ({one_line(error)})") from None
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _plain_state(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.float().cpu().contiguous() for key, value in network.state_dict().items()}
+
+
+def _initialize(linear: nn.Sequential, initialization: str) -> None:
+    """A1111 draws the weights of norms like "Normal", whatever the choice."""
+    rules = {
+        "XavierUniform": nn.init.xavier_uniform_,
+        "XavierNormal": nn.init.xavier_normal_,
+        "KaimingUniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
+        "KaimingNormal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    }
+    normal = partial(nn.init.normal_, std=0.01)
+    weighted = [layer for layer in linear if isinstance(layer, nn.Linear | nn.LayerNorm)]
+    for layer in weighted:
+        rule = rules.get(initialization, normal) if isinstance(layer, nn.Linear) else normal
+        rule(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if initialization == "Zero":
+        nn.init.zeros_(weighted[-1].weight)
+
+
+def _check(
+    widths: Sequence[int], structure: Sequence[float], activation: str, initialization: str, dropout: Sequence[float]
+) -> None:
+    if not widths or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
+        raise ConfigError(f"widths: expected whole numbers from 1, found {list(widths)}")
+    if len(set(widths)) < len(widths):
+        raise ConfigError(f"widths: expected each once, found {list(widths)}")
+    if len(structure) < 2 or structure[0] != 1 or structure[-1] != 1:
+        raise ConfigError(f"layer_structure: expected numbers from 1 to 1, such as 1, 2, 1; found {list(structure)}")
+    if not all(math.isfinite(factor) and int(factor * min(widths)) >= 1 for factor in structure):
+        raise ConfigError(f"layer_structure: expected a feature at least in every layer, found {list(structure)}")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation_func: found {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if initialization not in INITIALIZATIONS:
+        raise ConfigError(
+            f"weight_initialization: found {initialization!r}, expected one of {', '.join(INITIALIZATIONS)}"
+        )
+    if len(dropout) != len(structure) or not all(0 <= share < 1 for share in dropout):
+        expected = f"{len(structure)} shares from 0 to below 1, as many as layer_structure has entries"
+        raise ConfigError(f"dropout_structure: expected {expected}; found {list(dropout)}")
+
+
+# Files
+
+
+def read_hypernetwork(path: str | Path) -> Hypernetwork:
+    """Read A1111's ``.pt``, with A1111's defaults for what it leaves out; nothing trains, on the CPU.
+
+    Raises CheckpointError when the file is missing, damaged, of another kind, holds code, keys that are not understood,
+    networks of another structure than it says, or values that are not finite.
+    """
+    path = existing_file(path)
+    if is_safetensors(path):
+        raise CheckpointError(f"{path}: expected a hypernetwork of A1111, a pickle; found safetensors")
+    content = read_pickle(path, "cpu")
+    pairs = {key: value for key, value in content.items() if type(key) is int}
+    unknown = [str(key) for key in content if key not in (*pairs, *_SETTINGS, *_FACTS, *_OPTIMIZER)]
+    if unknown or not pairs:
+        found = f"keys that are not understood: {', '.join(unknown[:5])}" if unknown else "no pair for any width"
+        raise CheckpointError(f"{path}: expected a hypernetwork of A1111, found {found}")
+    state = _state(path, pairs)
+    try:
+        with torch.device("meta"):
+            network = Hypernetwork(sorted(pairs), **_arguments(content))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+    network = give_weights(network, state, str(path)).float().requires_grad_(False)
+    network.settings["weight_initialization"] = content.get("weight_initialization", "Normal")
+    network.facts |= {key: content[key] for key in _FACTS if key in content}
+    return network
+
+
+def _state(path: Path, pairs: Mapping[int, Any]) -> dict[str, Tensor]:
+    """A file's tensors under the names that they have in a `Hypernetwork`."""
+    state: dict[str, Tensor] = {}
+    for width, pair in pairs.items():
+        networks: Sequence[Any] = pair if isinstance(pair, tuple | list) else ()
+        if len(networks) != 2 or not all(isinstance(network, Mapping) for network in networks):
+            raise CheckpointError(f"{path}: {width}: expected two state dicts, for keys and for values")
+        for index, network in enumerate(networks):
+            for key, tensor in network.items():
+                place, _, leaf = str(key).rpartition(".")
+                name = f"layers.{width}.{index}.{_OLD_KEYS.get(place, place)}.{leaf}"
+                if name in state or not isinstance(tensor, Tensor) or not bool(tensor.isfinite().all()):
+                    raise CheckpointError(f"{path}: {width}: {key}: expected one tensor, of finite numbers")
+                state[name] = tensor
+    return state
+
+
+def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a file says of its structure, as `Hypernetwork` takes it."""
+    structure = list(content.get("layer_structure") or [1, 2, 1])
+    dropout = content.get("dropout_structure")
+    if dropout is None and content.get("use_dropout"):
+        last = _DROPOUT if content.get("last_layer_dropout") else 0.0
+        dropout = [0.0, *[_DROPOUT] * (len(structure) - 3), last, 0.0][: len(structure)]
+    return {
+        "layer_structure": structure, "activation_func": content.get("activation_func") or "linear",
+        "is_layer_norm": bool(content.get("is_layer_norm", False)),
+        "activate_output": bool(content.get("activate_output", True)), "dropout_structure": dropout,
+    }  # fmt: skip

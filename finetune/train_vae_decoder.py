@@ -1,0 +1,279 @@
+"""Fine-tune the VAE's decoder: ``python -m finetune.train_vae_decoder --data pictures --output runs/mine``.
+
+Writes OUTPUT/vae.safetensors, which A1111, ComfyUI, diffusers and ``sdkit --vae`` read, and beside it the same as
+`finetune.train_lora`: the sheets show pictures above what the VAE makes of them, the report says how much better it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune.buckets import prepare
+from finetune.cache import LatentCache, View, weights_hash
+from finetune.data import DataConfig, TrainingData, describe, read_pictures
+from finetune.loop import TrainConfig, make_accelerator, train
+from finetune.memory import checkpoint_activations, estimate_memory, peak_memory, saved_bytes
+from finetune.metrics import load_inception, measure
+from finetune.options import command, to_toml
+from finetune.train_hypernetwork import report
+from finetune.vae_decoder import DecoderBatch, DecoderLoss, DecoderLossConfig
+from sdkit.errors import ConfigError
+from sdkit.image import grid, open_image, to_pil
+from sdkit.inspection import inspect_file
+from sdkit.layers import ResnetBlock2D
+from sdkit.pipeline import MODELS
+from sdkit.single_file import load_single_file, load_vae_file, save_vae_file
+from sdkit.vae import AttentionBlock, AutoencoderKL
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECOMPUTED = (ResnetBlock2D, AttentionBlock)  # under gradient checkpointing
+FILE = "vae.safetensors"
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """What is trained, and where the results go."""
+
+    model: Annotated[str, "Ships with sdkit, a diffusers folder or a single file; a whole model or a VAE."] = "tabletop"
+    output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/vae")
+    gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, slower."] = False
+
+
+@dataclass(frozen=True)
+class DecoderData:
+    """Where the pictures are and how they are cut; they need no captions."""
+
+    data: Annotated[Path, "Folder of pictures."]
+    validation_data: Annotated[
+        Path | None, "Folder of pictures for sheets and measures (default: the first 64 that are trained on)."
+    ] = None
+    resolution: Annotated[int | None, "Pixels: a picture's area is at most its square (default: the VAE's)."] = None
+    aspect_buckets: Annotated[bool, "Keep each picture's aspect ratio, about; else all become squares."] = True
+    random_crops: Annotated[int, "Crop each picture at so many random places; 0: in the middle."] = 0
+    random_flip: Annotated[bool, "Mirror half of the pictures."] = False
+    train_batch_size: Annotated[int, "Pictures a process and micro-batch."] = 8
+    cache_dir: Annotated[Path | None, "Encoded pictures (default: OUTPUT/cache)."] = None
+
+    def config(self) -> DataConfig:
+        """As the data of any training, each picture with an empty caption."""
+        return DataConfig(
+            self.data, instance_prompt="", resolution=self.resolution, aspect_buckets=self.aspect_buckets,
+            random_crops=self.random_crops, random_flip=self.random_flip, train_batch_size=self.train_batch_size,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecoderTraining(TrainConfig):
+    """The loop's settings, with the published decoders' average of the weights."""
+
+    ema_decay: Annotated[float | None, "Show and write a moving average of the weights; 0: the weights."] = 0.999
+    max_grad_norm: Annotated[
+        float, "Scale down gradients whose norm is larger; 0: never. Not with a discriminator, whose gradients count."
+    ] = 0.0
+
+
+@dataclass(frozen=True)
+class DecoderSamples:
+    """What shows how good the decoder is."""
+
+    num_validation_images: Annotated[int, "Pictures on a sheet; 0: no sheets."] = 4
+    inception_weights: Annotated[Path | None, "StyleGAN2-ADA's inception-2015-12-05.pt, for rFID."] = None
+
+
+def main(
+    model: DecoderModel,
+    data_config: DecoderData,
+    loss_config: DecoderLossConfig,
+    config: DecoderTraining,
+    sampling: DecoderSamples,
+) -> None:
+    """Fine-tune the VAE's decoder on a folder of pictures; the encoder stays as it is."""
+    accelerator = make_accelerator(config)
+    check(accelerator, loss_config, config)
+    vae = load_vae(model.model).to(accelerator.device)
+    data = training_data(vae, data_config.config(), config.seed, accelerator.process_index, accelerator.num_processes)
+    shown = validation_views(vae, data_config)
+    weights = weights_hash(vae)
+    torch.manual_seed(config.seed)
+    loss = DecoderLoss(vae, loss_config)
+    figures = measures(loss, shown, sampling)
+    latents = filled_cache(vae, data, data_config.cache_dir or model.output / "cache", accelerator)
+    about = summary(loss, data, config, model, accelerator.num_processes)
+    before: dict[str, float] = {}
+    if accelerator.is_main_process:
+        print(about, flush=True)
+        model.output.mkdir(parents=True, exist_ok=True)
+        (model.output / "config.toml").write_text(to_toml(model, data_config, loss_config, config, sampling))
+        before = figures(vae)
+    if model.gradient_checkpointing:
+        checkpoint_activations(vae.decoder, RECOMPUTED)
+    rate = loss_config.discriminator_lr
+    factor = 1.0 if rate is None else rate / config.learning_rate
+    started = time.monotonic()
+    history = train(
+        accelerator, loss, partial(batch, data, latents, config.gradient_accumulation_steps), config, model.output,
+        identity={"data": data.fingerprint, "vae": weights} | loss_identity(loss),
+        rate_factor=lambda name: factor if name.startswith("discriminator.") else 1.0,
+        export=lambda folder: save_vae_file(vae, folder / FILE),
+        validate=partial(sample_sheet, vae, shown[: sampling.num_validation_images])
+        if sampling.num_validation_images else None,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        seconds = time.monotonic() - started
+        report(model.output, about, history, seconds, peak_memory(accelerator.device), FILE)
+        after = figures(load_vae_file(model.output / FILE).to(accelerator.device))
+        what = "trained on" if data_config.validation_data is None else "not trained on"
+        add_measures(model.output / "report.md", f"{len(shown)} pictures {what}", before, after)
+
+
+def check(accelerator: Accelerator, loss_config: DecoderLossConfig, config: TrainConfig) -> None:
+    """Raises ConfigError for what does not go together."""
+    if accelerator.is_fsdp2:
+        raise ConfigError("accelerate: a VAE needs no sharding; expected no, multi-CPU or multi-GPU, found FSDP")
+    if loss_config.discriminator_weight and config.max_grad_norm:
+        raise ConfigError(
+            "max_grad_norm: expected 0 with a discriminator, whose gradients would scale down the decoder's, "
+            f"found {config.max_grad_norm}"
+        )
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """The VAE, in float32, of a shipped model, a diffusers folder or a single file, or such a VAE alone.
+
+    Raises CheckpointError.
+    """
+    shipped = MODELS / name
+    path = shipped if (shipped / "vae").is_dir() else Path(name)
+    if path.is_file() and "VAE" not in inspect_file(path)["kind"]:
+        return load_single_file(path, dtype=torch.float32).vae
+    return load_vae_file(path / "vae" if (path / "vae").is_dir() else path, dtype=torch.float32)
+
+
+def training_data(vae: AutoencoderKL, config: DataConfig, seed: int, rank: int = 0, world: int = 1) -> TrainingData:
+    """The pictures in buckets that suit the VAE. Raises ConfigError that lists all that is wrong with them."""
+    own = vae.config.sample_size
+    resolution = config.resolution or (own if isinstance(own, int) else max(own))
+    return TrainingData(read_pictures(config), config, resolution, vae.config.factor, seed, rank, world)
+
+
+def validation_views(vae: AutoencoderKL, config: DecoderData) -> list[View]:
+    """The pictures for sheets and measures, cut in the middle."""
+    whole = replace(config, data=config.validation_data or config.data, random_crops=0, random_flip=False)
+    views = training_data(vae, whole.config(), seed=0).views()
+    return views[:64] if config.validation_data is None else views
+
+
+def pixels(view: View) -> Tensor:
+    """[1, 3, H, W] in [-1, 1]."""
+    picture, bucket, crop, flip = view
+    return prepare(open_image(picture.path), bucket, crop, flip, picture.digest)
+
+
+def filled_cache(vae: AutoencoderKL, data: TrainingData, folder: Path, accelerator: Accelerator) -> LatentCache:
+    """Encode what is not there yet: each process its share, then, where the disk is not shared, what it still lacks."""
+    latents = LatentCache(vae, folder)
+    for share in (slice(accelerator.process_index, None, accelerator.num_processes), slice(None)):
+        latents.fill(data.views(), share, accelerator.is_local_main_process)
+        accelerator.wait_for_everyone()
+    return latents
+
+
+class Pixels:
+    """In a latent cache's place gives the pictures themselves."""
+
+    def sample(self, view: View, generator: torch.Generator) -> Tensor:
+        return pixels(view)[0]
+
+
+def batch(data: TrainingData, latents: LatentCache, accumulation: int, n: int) -> DecoderBatch:
+    """Micro-batch ``n``: latents, and the pictures that they are of."""
+    pictures = data.batch(n, cast("LatentCache", Pixels()))  # all that it asks for is sample()
+    return DecoderBatch(data.batch(n, latents).latents, pictures.latents, n // accumulation)
+
+
+def loss_identity(loss: DecoderLoss) -> dict[str, str]:
+    """What the loss depends on, wherever its files lie."""
+    named = {"loss": str(replace(loss.config, lpips_vgg=None, lpips_weights=None))}
+    return named if loss.lpips is None else named | {"lpips": weights_hash(loss.lpips)}
+
+
+def measures(
+    loss: DecoderLoss, views: Sequence[View], sampling: DecoderSamples
+) -> Callable[[AutoencoderKL], dict[str, float]]:
+    """A function that measures a VAE on the pictures."""
+    path = sampling.inception_weights
+    inception = None if path is None else load_inception(path, loss.vae.device)
+    return lambda vae: measure(vae, map(pixels, views), loss.lpips, inception)
+
+
+def sample_sheet(vae: AutoencoderKL, views: Sequence[View]) -> Image.Image:
+    """The pictures, and below each what the VAE makes of it."""
+    originals = [pixels(view).to(vae.device) for view in views]
+    both = [*originals, *(vae(x) for x in originals)]
+    return grid([image for x in both for image in to_pil(x)], len(views))
+
+
+def summary(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: DecoderModel, world: int) -> str:
+    """What is about to happen: parameters, pictures, steps, memory."""
+    trained = [p for p in loss.vae.parameters() if p.requires_grad]
+    count = data.config.train_batch_size
+    each = count * config.gradient_accumulation_steps * world
+    activations = activation_bytes(loss, data, RECOMPUTED if model.gradient_checkpointing else ())
+    memory = estimate_memory([loss], activations, config.ema_decay is not None)
+    epochs = config.max_train_steps * config.gradient_accumulation_steps / data.batches_per_epoch
+    perceptual = "1 - multi-scale SSIM" if loss.lpips is None else "LPIPS"
+    lines = {
+        "model": f"{model.model}, its VAE's decoder",
+        "trained": f"{sum(p.numel() for p in trained):,} parameters in {len(trained)} tensors",
+        "loss": f"{loss.config.reconstruction} + {loss.config.perceptual_weight:g} ({perceptual})"
+        + (f", discriminator {loss.config.discriminator_weight:g}" if loss.discriminator else ""),
+        "pictures": f"{len(set(data.samples))}: {describe(data)}",
+        "steps": f"{config.max_train_steps} of {each} pictures, {epochs:.1f} epochs, {world} process(es)",
+        "memory": f"about {memory} a process",
+        "output": str(model.output),
+    }
+    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+
+
+def activation_bytes(loss: DecoderLoss, data: TrainingData, recomputed: tuple[type[torch.nn.Module], ...]) -> int:
+    """What a batch of the largest pictures keeps for its backward pass."""
+    config, count = loss.vae.config, data.config.train_batch_size
+    width, height = max(data.buckets, key=lambda bucket: bucket[0] * bucket[1])
+
+    def forward() -> object:
+        latents = torch.empty(count, config.latent_channels, height // config.factor, width // config.factor)
+        return loss(DecoderBatch(latents, torch.empty(count, 3, height, width), loss.config.discriminator_start))
+
+    return saved_bytes(loss, forward, recomputed)
+
+
+def add_measures(report: Path, pictures: str, before: dict[str, float], after: dict[str, float]) -> None:
+    """Put a table of the figures at the report's end, and print it."""
+    rows = [f"| {name} | {before[name]:.4g} | {after[name]:.4g} |" for name in before]
+    table = "\n".join([f"| {pictures} | before | after |", "|---|---|---|", *rows])
+    with report.open("a", encoding="utf-8") as file:
+        file.write(f"\n## Measures\n\n{table}\n")
+    print(table)
+
+
+app = command(
+    main,
+    {
+        "Model": DecoderModel, "Data": DecoderData, "Loss": DecoderLossConfig, "Training": DecoderTraining,
+        "Samples": DecoderSamples,
+    },
+)  # fmt: skip
+
+if __name__ == "__main__":
+    app(prog_name="python -m finetune.train_vae_decoder")

@@ -1,0 +1,266 @@
+"""The training script of VAE decoders, from a folder of pictures to a file; the rest of it is that of LoRA."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from typer.testing import CliRunner
+
+from finetune.cache import LatentCache
+from finetune.checkpoints import load_state, saved_states
+from finetune.metrics import measure
+from finetune.pretrain.concept import write_concept_folder
+from finetune.train_vae_decoder import (
+    RECOMPUTED,
+    DecoderData,
+    DecoderLossConfig,
+    DecoderModel,
+    DecoderSamples,
+    DecoderTraining,
+    app,
+    batch,
+    load_vae,
+    pixels,
+    training_data,
+    validation_views,
+)
+from sdkit import AutoencoderKL
+from sdkit.checkpoint import save_folder
+from sdkit.errors import CheckpointError
+from sdkit.pipeline import MODELS
+from sdkit.single_file import load_vae_file, save_single_file, save_vae_file
+from tests.conftest import draw, draw_weights
+from tests.finetune import toy
+from tests.finetune.test_metrics import Inception
+from tests.finetune.test_perceptual import files
+from tests.finetune.test_train_lora import call
+from tests.finetune.tiny import VAE, model
+
+GAN = ("--discriminator-weight", 0.5, "--discriminator-channels", 4, "--discriminator-layers", 1,
+       "--discriminator-start", 2)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Its settings last for the process."""
+    toy.forget_accelerate()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three without captions, one of them not square."""
+    (tmp_path / "data").mkdir()
+    for i, size in enumerate(((32, 32), (32, 32), (36, 20))):
+        colours = (draw(f"{i}", (6, 6, 3)).clamp(-1, 1) * 127 + 128).byte().numpy()
+        Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "data" / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tiny_vae(tmp_path: Path) -> Path:
+    save_vae_file(draw_weights(AutoencoderKL.from_config(VAE)), tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def is_encoder(key: str) -> bool:
+    return key.startswith(("encoder.", "quant_conv."))
+
+
+def reconstruction(vae: Any, x: Tensor) -> Tensor:
+    """diffusers' way through the posterior's mean."""
+    with torch.no_grad():
+        return vae.decode(vae.encode(x).latent_dist.mode()).sample
+
+
+def test_a_folder_of_pictures_becomes_a_vae_that_diffusers_reads(pictures: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    printed = call(
+        ("--data", pictures, "--output", output, "--resolution", 32, "--max-train-steps", 3, "--learning-rate", 1e-3,
+         "--checkpointing-steps", 2, "--num-validation-images", 2, "--train-batch-size", 2, "--logging-steps", 1,
+         "--gradient-checkpointing"), app,
+    )  # fmt: skip
+    assert "1,049,303 parameters" in printed and "3: 2 of 32×32, 1 of 40×24" in printed and "MS-SSIM" not in printed
+    assert "mse + 0.1 (1 - multi-scale SSIM)" in printed
+    for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/vae.safetensors"):
+        assert (output / name).is_file(), name
+    before, after = (Image.open(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
+    assert before != after
+
+    base, trained = load_vae("tabletop"), load_vae_file(output / "vae.safetensors")
+    state, old = trained.state_dict(), base.state_dict()
+    assert all(torch.equal(state[k], old[k]) == (is_encoder(k)) for k in state)
+    average = load_state(saved_states(output)[-1])["average"]
+    assert all(torch.equal(average[f"vae.{k}"], v) for k, v in state.items() if not is_encoder(k))
+    views = validation_views(base, DecoderData(pictures, resolution=32))
+    assert len(views) == 3
+    rows = [f"| {name} | {a:.4g} | {b:.4g} |" for (name, a), b in
+            zip(*(part(measure(v, map(pixels, views))) for v, part in ((base, dict.items), (trained, dict.values))),
+                strict=True)]  # fmt: skip
+    report = (output / "report.md").read_text()
+    assert all(row in report and row in printed for row in rows) and len(rows) == 2
+    assert "3 pictures trained on" in report
+
+    x = pixels(views[0])
+    ours = trained(x).detach()
+    theirs = diffusers.AutoencoderKL.from_single_file(
+        output / "vae.safetensors", config=str(MODELS / "tabletop" / "vae"), local_files_only=True
+    )
+    assert float((reconstruction(theirs, x) - ours).abs().max()) < 1e-5
+
+
+def options_of(pictures: Path, tiny_vae: Path) -> tuple[object, ...]:
+    return ("--model", tiny_vae, "--data", pictures, "--resolution", 16, "--train-batch-size", 2, "--random-flip",
+            "--random-crops", 2, "--learning-rate", 0.01, "--discriminator-lr", 0.002, *GAN)  # fmt: skip
+
+
+def test_a_run_goes_on_to_the_bit(pictures: Path, tiny_vae: Path, tmp_path: Path):
+    options = options_of(pictures, tiny_vae)
+    quick = ("--num-validation-images", 0, "--ema-decay", 0.5)
+    rates: set[float] = set()
+    hook = register_optimizer_step_pre_hook(lambda o, *_: rates.update(group["lr"] for group in o.param_groups))
+    try:
+        call((*options, *quick, "--output", tmp_path / "a", "--max-train-steps", 4), app)
+    finally:
+        hook.remove()
+    assert sorted(rates) == pytest.approx([0.002, 0.01]) and not (tmp_path / "a" / "samples").exists()
+    for steps in (1, 3, 4):  # the decoder's adversarial loss begins in between
+        toy.forget_accelerate()
+        call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--max-train-steps", steps), app)
+    a, b = (load_state(saved_states(tmp_path / run)[-1]) for run in "ab")
+    for part in ("weights", "average"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert any(k.startswith("discriminator.") for k in a["weights"]) and a["history"] == b["history"]
+    assert not any("encoder" in k for k in a["weights"])
+    one, two = (load_file(tmp_path / run / "vae.safetensors") for run in "ab")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    toy.forget_accelerate()
+    changed = ("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--reconstruction", "l1")
+    assert "of a run with loss" in call(changed, app, status=1)
+
+
+def test_options_reach_what_they_are_for(
+    pictures: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Started(Exception):
+        pass
+
+    def started(accelerator: Any, loss: Any, batches: Any, config: Any, output: Any, **arguments: Any) -> None:
+        raise Started(loss, batches, config, arguments)
+
+    monkeypatch.setattr("finetune.train_vae_decoder.train", started)
+    _, vgg, weights = files(tmp_path, monkeypatch)
+    options = (*options_of(pictures, tiny_vae), "--output", tmp_path / "run", "--cache-dir", tmp_path / "cache",
+               "--gradient-accumulation-steps", 2)  # fmt: skip
+    identities: list[dict[str, str]] = []
+    for more in ((), ("--lpips-vgg", vgg, "--lpips-weights", weights, "--gradient-checkpointing")):
+        toy.forget_accelerate()
+        with pytest.raises(Started) as caught:
+            call((*options, *more), app)
+        loss, batches, config, arguments = caught.value.args
+        assert config == DecoderTraining(gradient_accumulation_steps=2, learning_rate=0.01)
+        assert config.ema_decay == 0.999 and config.max_grad_norm == 0
+        assert (loss.lpips is None, loss.discriminator is None) == (not more, False)
+        assert [batches(n).step for n in range(5)] == [0, 0, 1, 1, 2]
+        assert (tmp_path / "cache" / "latents").exists() and not (tmp_path / "run" / "cache").exists()
+        blocks = [m for m in loss.vae.decoder.modules() if isinstance(m, RECOMPUTED)]
+        assert len(blocks) == 7 and all(("forward" in vars(m)) == bool(more) for m in blocks)
+        factor = arguments["rate_factor"]
+        assert (factor("discriminator.layers.0.weight"), factor("vae.decoder.conv_in.weight")) == (
+            pytest.approx(0.2), 1,
+        )  # fmt: skip
+        identities.append(arguments["identity"])
+    assert identities[0].keys() == {"data", "vae", "loss"} and identities[1].keys() == {*identities[0], "lpips"}
+    assert identities[0]["loss"] == identities[1]["loss"]  # wherever the files lie
+
+
+def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path, tmp_path: Path):
+    vae = load_vae(str(tiny_vae))
+    config = replace(DecoderData(pictures, random_crops=3, random_flip=True).config(), train_batch_size=2)
+    data = training_data(vae, config, seed=0)
+    latents = LatentCache(vae, tmp_path / "cache")
+    latents.fill(data.views(), progress=False)
+    seen: set[bytes] = set()
+    for n in range(8):
+        found = batch(data, latents, 1, n)
+        with torch.no_grad():
+            posterior = vae.encode(found.pixels)
+        error = (found.latents / vae.config.scaling_factor - posterior.mean) / posterior.std
+        assert 0.9 < float(error.std()) < 1.1 and float(found.pixels.abs().max()) <= 1  # a sample of the posterior
+        seen |= {x.numpy().tobytes() for x in found.pixels}
+    assert len(seen) > 8
+
+
+def test_measures_on_pictures_apart_with_all_weights(
+    pictures: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _, vgg, weights = files(tmp_path, monkeypatch)
+    torch.jit.script(Inception()).save(tmp_path / "inception.pt")
+    (tmp_path / "other").mkdir()
+    for i in range(70):
+        Image.new("RGB", (16, 16), (3 * i, 90, 60)).save(tmp_path / "other" / f"{i}.png")
+    common = ("--model", tiny_vae, "--output", tmp_path / "run", "--max-train-steps", 1, "--lpips-vgg", vgg,
+              "--lpips-weights", weights, "--inception-weights", tmp_path / "inception.pt", "--resolution", 16,
+              "--num-validation-images", 3)  # fmt: skip
+    printed = call((*common, "--data", pictures, "--validation-data", tmp_path / "other"), app)
+    assert "70 pictures not trained on" in printed and "mse + 0.1 (LPIPS)" in printed
+    assert all(f"| {name} |" in printed for name in ("PSNR", "SSIM", "LPIPS", "rFID"))
+    sheet = Image.open(tmp_path / "run" / "samples" / "step-000001.png")
+    assert sheet.size == (3 * 24 + 8, 2 * 24 + 8) and sheet.getpixel((9, 9)) == (0, 90, 60)
+    assert len(validation_views(load_vae(str(tiny_vae)), DecoderData(tmp_path / "other"))) == 64
+
+
+def test_a_vae_comes_from_anything_that_holds_one(tiny_vae: Path, tmp_path: Path):
+    sd = model()
+    save_folder(sd.components, tmp_path / "folder")
+    save_single_file(sd.components, tmp_path / "whole.safetensors")
+    expected = sd.vae.state_dict()
+    for place in ("folder", "folder/vae", "whole.safetensors", "tiny.safetensors"):
+        found = load_vae(str(tmp_path / place)).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found), place
+    assert all(p.dtype == torch.float32 for p in load_vae("tabletop").parameters())
+    with pytest.raises(CheckpointError, match="nothing"):
+        load_vae(str(tmp_path / "nothing"))
+
+
+def test_a_users_mistake_is_an_error_before_anything_starts(pictures: Path, tiny_vae: Path, tmp_path: Path):
+    options = (*options_of(pictures, tiny_vae), "--output", tmp_path / "run")
+    printed = call((*options, "--max-grad-norm", 1), app, status=1)
+    assert "max_grad_norm: expected 0 with a discriminator" in printed
+    assert "resolution: expected a positive multiple of 2 pixels" in call((*options, "--resolution", 15), app, status=1)
+    (pictures / "1.png").write_text("broken")
+    assert "1 problem with the training data" in call(options, app, status=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_has_every_option_in_its_panel():
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    kinds = {"Model": DecoderModel, "Data": DecoderData, "Loss": DecoderLossConfig, "Training": DecoderTraining,
+             "Samples": DecoderSamples}  # fmt: skip
+    for panel, kind in kinds.items():
+        assert f"─ {panel} ─" in shown
+        for f in fields(kind):
+            assert f"--{f.name.replace('_', '-')} " in shown, f.name
+
+
+@pytest.mark.slow
+def test_an_unseen_surface_comes_out_better(tmp_path: Path):
+    """Stripes, which the tabletop VAE never saw: at least 1.5 dB on pictures that the decoder was not trained on."""
+    write_concept_folder(tmp_path / "data", 48, 0)
+    write_concept_folder(tmp_path / "unseen", 24, 77)
+    output = tmp_path / "run"
+    call(("--data", tmp_path / "data", "--validation-data", tmp_path / "unseen", "--output", output, "--random-flip",
+          "--max-train-steps", 40, "--learning-rate", 5e-4, "--lr-scheduler", "cosine", "--num-validation-images", 0),
+         app)  # fmt: skip
+    base, trained = load_vae("tabletop"), load_vae_file(output / "vae.safetensors")
+    views = validation_views(base, DecoderData(tmp_path / "unseen"))
+    before, after = (measure(vae, map(pixels, views)) for vae in (base, trained))
+    assert after["PSNR"] > before["PSNR"] + 1.5 and after["SSIM"] > before["SSIM"] + 0.01
+    assert all(torch.equal(v, base.state_dict()[k]) for k, v in trained.state_dict().items() if is_encoder(k))

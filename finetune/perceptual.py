@@ -106,6 +106,12 @@ class LPIPS(nn.Module):
         return give_weights(network, state, f"{vgg}, {weights}").requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        smallest = 2 ** (len(self.WIDTHS) - 1)
+        if x.shape != y.shape or min(x.shape[-2:]) < smallest:
+            raise ConfigError(
+                f"LPIPS: expected pictures of one size, at least {smallest} pixels a side, "
+                f"found {tuple(x.shape)} and {tuple(y.shape)}"
+            )
         shift, scale = (x.new_tensor(values)[:, None, None] for values in (self.SHIFT, self.SCALE))
         h, total = (torch.cat([x, y]) - shift) / scale, x.new_zeros(len(x))
         weights = iter(self.weights)

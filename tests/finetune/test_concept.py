@@ -101,10 +101,13 @@ def test_the_zorb_stands_on_the_table_and_casts_a_shadow() -> None:
     scene = lone_zorb(light=torch.tensor([[0.0, 0.0, 1.0]]))
     lowest = local_points(scene, 96)[1].min()
     assert -g.ZORB_HALF - 1e-3 < lowest < -0.9 * g.ZORB_HALF
-    away = replace(scene, position=torch.full((1, 3, 2), 50.0))
-    pictures = render(scene)
-    change = (pictures.images - render(away).images).mean(1)[0]
-    assert change[pictures.masks[0] == 0].min() < -0.2
+    objects, light = raycast.flatten_objects(scene), raycast.light_direction(scene.light)
+    heights = torch.tensor([1.0, 0.3]) * g.ZORB_HALF  # on the axis: lid and waist
+    above = objects.centre + torch.stack([0 * heights, heights, 0 * heights]) * objects.radius
+    points = torch.cat([above - light * above[1] / light[1], torch.tensor([[0.2], [0.0], [0.0]])], 1)
+    assert points[1].abs().max() < 1e-6
+    hidden = raycast.shadows(objects, light, points[:, None])[0]
+    assert hidden[:2].min() > 0.9 and hidden[2] == 0
 
 
 def test_stripes_alternate_between_the_colour_and_white() -> None:

@@ -122,6 +122,8 @@ def test_lpips_is_that_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             a, b = F.max_pool2d(a, 2), F.max_pool2d(b, 2)
     network = LPIPS.from_files(*paths)
     assert torch.allclose(network(x, y), expected, rtol=1e-5) and float(expected.min()) > 0
+    with pytest.raises(ConfigError, match="at least 16 pixels a side"):
+        network(x[..., :15], y[..., :15])
     assert network(x, x).tolist() == [0, 0] and not any(p.requires_grad for p in network.parameters())
 
 

@@ -116,7 +116,7 @@ def test_a_folder_of_pictures_becomes_a_vae_that_diffusers_reads(pictures: Path,
 
 
 def options_of(pictures: Path, tiny_vae: Path) -> tuple[object, ...]:
-    return ("--model", tiny_vae, "--data", pictures, "--resolution", 16, "--train-batch-size", 2, "--random-flip",
+    return ("--model", tiny_vae, "--data", pictures, "--resolution", 32, "--train-batch-size", 2, "--random-flip",
             "--random-crops", 2, "--learning-rate", 0.01, "--discriminator-lr", 0.002, *GAN)  # fmt: skip
 
 
@@ -204,17 +204,28 @@ def test_measures_on_pictures_apart_with_all_weights(
     _, vgg, weights = files(tmp_path, monkeypatch)
     torch.jit.script(Inception()).save(tmp_path / "inception.pt")
     (tmp_path / "other").mkdir()
-    for i in range(70):
-        Image.new("RGB", (16, 16), (3 * i, 90, 60)).save(tmp_path / "other" / f"{i}.png")
+    for i in range(5):
+        Image.new("RGB", (16, 16), (50 * i, 90, 60)).save(tmp_path / "other" / f"{i}.png")
     common = ("--model", tiny_vae, "--output", tmp_path / "run", "--max-train-steps", 1, "--lpips-vgg", vgg,
-              "--lpips-weights", weights, "--inception-weights", tmp_path / "inception.pt", "--resolution", 16,
+              "--lpips-weights", weights, "--inception-weights", tmp_path / "inception.pt", "--resolution", 32,
               "--num-validation-images", 3)  # fmt: skip
     printed = call((*common, "--data", pictures, "--validation-data", tmp_path / "other"), app)
-    assert "70 pictures not trained on" in printed and "mse + 0.1 (LPIPS)" in printed
+    assert "5 pictures not trained on" in printed and "mse + 0.1 (LPIPS)" in printed
     assert all(f"| {name} |" in printed for name in ("PSNR", "SSIM", "LPIPS", "rFID"))
     sheet = Image.open(tmp_path / "run" / "samples" / "step-000001.png")
-    assert sheet.size == (3 * 24 + 8, 2 * 24 + 8) and sheet.getpixel((9, 9)) == (0, 90, 60)
-    assert len(validation_views(load_vae(str(tiny_vae)), DecoderData(tmp_path / "other"))) == 64
+    assert sheet.size == (3 * 40 + 8, 2 * 40 + 8) and sheet.getpixel((9, 9)) == (0, 90, 60)
+
+
+def test_of_pictures_that_are_trained_on_the_first_64_are_measured(tiny_vae: Path, tmp_path: Path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for i in range(66):
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / folder / f"{i}.png")
+    vae, config = load_vae(str(tiny_vae)), DecoderData(tmp_path / "a", random_crops=3, random_flip=True)
+    views = validation_views(vae, config)
+    assert len(views) == 64 and {(crop, flip) for _, _, crop, flip in views} == {(None, False)}
+    apart = validation_views(vae, replace(config, validation_data=tmp_path / "b"))
+    assert len(apart) == 66 and {picture.path.parent.name for picture, *_ in apart} == {"b"}
 
 
 def test_a_vae_comes_from_anything_that_holds_one(tiny_vae: Path, tmp_path: Path):

@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.adapters import Adapter, bake, disable, enable, list_adapters, merge, remove, set_scale, unmerge
     from finetune.formats import convert_lora
+    from finetune.hypernetwork import Hypernetwork
+    from finetune.hypernetwork_chain import load_hypernetwork, remove_hypernetworks
     from finetune.lora import add_lora, load_lora, save_lora, swap_lora
 
 _HOMES = {
     "Adapter": "adapters",
+    "Hypernetwork": "hypernetwork",
     "add_lora": "lora",
     "bake": "adapters",
     "convert_lora": "formats",
     "disable": "adapters",
     "enable": "adapters",
     "list_adapters": "adapters",
+    "load_hypernetwork": "hypernetwork_chain",
     "load_lora": "lora",
     "merge": "adapters",
     "remove": "adapters",
+    "remove_hypernetworks": "hypernetwork_chain",
     "save_lora": "lora",
     "set_scale": "adapters",
     "swap_lora": "lora",
@@ -32,15 +37,18 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "Hypernetwork",
     "add_lora",
     "bake",
     "convert_lora",
     "disable",
     "enable",
     "list_adapters",
+    "load_hypernetwork",
     "load_lora",
     "merge",
     "remove",
+    "remove_hypernetworks",
     "save_lora",
     "set_scale",
     "swap_lora",

@@ -1,6 +1,7 @@
 """Hypernetworks in a model: against diffusers' UNet with A1111's formula before its to_k and to_v; beside LoRA."""
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,10 @@ def test_mistakes(sd: StableDiffusion, files: Path, tmp_path: Path):
     for call in (remove_hypernetworks, lambda sd, name: set_multiplier(sd, 1.0, name)):
         with pytest.raises(ConfigError, match="hypernetwork 'ink': expected one of the model's: fur, again"):
             call(sd, "ink")
+
+
+def test_the_public_names_and_the_entry_point_are_there() -> None:
+    assert all(callable(getattr(finetune, name)) for name in finetune.__all__)
+    for point in entry_points(group="sdkit.adapters"):
+        assert callable(point.load()), point.name
+    assert {point.name for point in entry_points(group="sdkit.adapters")} >= {"lora", "convert_lora", "hypernetwork"}

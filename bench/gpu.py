@@ -4,7 +4,8 @@ tests      every kernel against float64, the shipped model on the GPU, bfloat16 
 sanitizer  compute-sanitizer's memcheck and racecheck on small cases, where it is installed
 tune       launch choices for this architecture, written into kernels/sdkernels/tuned/
 kernels    timings beside eager PyTorch and SDPA at the shapes for two samples
-compiled   the same beside torch.compile (slow: every case is compiled)
+training   a LoRA training step beside diffusers + peft, eager and compiled
+compiled   the kernels' timings beside torch.compile (slow: every case is compiled)
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ def tune() -> bool:
     return step([sys.executable, "-m", "sdkernels.tune", "--seconds", "180"], 240)
 
 
-def _timings(name: str, selection: str, seconds: float) -> bool:
+def _timings(name: str, file: str, selection: str, seconds: float) -> bool:
     raw = report.RESULTS / f"{name}.raw.json"
     raw.parent.mkdir(exist_ok=True)
-    command = [*PYTEST, "bench/test_kernels.py", "-k", selection, f"--benchmark-json={raw}", "--benchmark-quiet"]
+    command = [*PYTEST, f"bench/{file}", "-k", selection, f"--benchmark-json={raw}", "--benchmark-quiet"]
     good = step(command, seconds)
     if raw.is_file():
         print(report.keep(raw))
@@ -70,23 +71,30 @@ def _timings(name: str, selection: str, seconds: float) -> bool:
 
 def kernels() -> bool:
     """Ours, eager and SDPA."""
-    return _timings("kernels", "b2 and not compiled", 240)
+    return _timings("kernels", "test_kernels.py", "b2 and not compiled", 240)
 
 
 def compiled() -> bool:
     """Ours and torch.compile."""
-    return _timings("compiled", "b2 and (compiled or ours)", 400)
+    return _timings("compiled", "test_kernels.py", "b2 and (compiled or ours)", 400)
+
+
+def training() -> bool:
+    """Ours and diffusers + peft."""
+    return _timings("training", "test_training.py", "test_training", 400)
 
 
 PARTS: dict[str, Callable[[], bool]] = {
-    "tests": tests, "sanitizer": sanitizer, "tune": tune, "kernels": kernels, "compiled": compiled
+    "tests": tests, "sanitizer": sanitizer, "tune": tune, "kernels": kernels, "training": training,
+    "compiled": compiled,
 }  # fmt: skip
+DEFAULT = ["tests", "sanitizer", "tune", "kernels", "training"]
 
 
 def main() -> None:
     """Run the parts in turn; exit 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=["tests", "sanitizer", "tune", "kernels"])
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=DEFAULT)
     parts = parser.parse_args().parts
     if not torch.cuda.is_available():
         parser.exit(1, "bench.gpu: needs a CUDA device, found none\n")

@@ -91,7 +91,8 @@ def detail(result: dict[str, Any]) -> list[str]:
             shares[1] = f"{100 * ours['flops'] / (mid * 1e-6) / rate:.0f} %" if ours["flops"] else ""
         ratio = f"{min(peers.values()) / mid:.2f}" if peers else ""
         names = ", ".join(f"{name} {value:.1f}" for name, value in peers.items())
-        memory = "" if ours["peak_memory"] is None else f"{ours['peak_memory'] / 1e6:.0f}"
+        held = {name: row["peak_memory"] for name, row in done.items() if row["peak_memory"] is not None}
+        memory = ", ".join(f"{name} {value / 1e6:.0f}" for name, value in held.items())
         lines.append(
             f"| {op}, {case}, {direction} | {mid:.1f} ({low:.1f} to {high:.1f}) | {names} | {ratio} | {shares[0]} "
             f"| {shares[1]} | {memory} |"
@@ -100,15 +101,15 @@ def detail(result: dict[str, Any]) -> list[str]:
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """The generated part of the README: the newest run on each GPU."""
-    newest: dict[str, dict[str, Any]] = {}
+    """The generated part of the README: on each GPU the newest run of the same operations."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for result in sorted(results, key=lambda r: r["date"]):
         if result["machine"].get("cuda"):
-            newest[result["machine"]["device"]] = result
+            newest[result["machine"]["device"], *sorted({row["op"] for row in result["rows"]})] = result
     if not newest:
         return NOT_MEASURED
     parts: list[str] = []
-    for device, result in newest.items():
+    for (device, *_), result in newest.items():
         facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "device")
         rates = ", ".join(f"{name} {value / 1e12:.0f} TFLOP/s" for name, value in result["matrix"].items())
         parts += [

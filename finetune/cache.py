@@ -106,9 +106,11 @@ class LatentCache:
             self.store.put(self.key(view), {"mean": mean, "std": std})
         return len(missing)
 
-    def sample(self, view: View, generator: torch.Generator) -> Tensor:
-        """Latents [C, h, w], float32, drawn from the posterior."""
+    def __call__(self, view: View, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [C, h, w], float32: drawn from the posterior by ``generator``, or without one its mean."""
         cached = self.store.get(self.key(view))
+        if generator is None:
+            return cached["mean"]
         return cached["mean"] + cached["std"] * torch.randn(cached["mean"].shape, generator=generator)
 
     @torch.no_grad()

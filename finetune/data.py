@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from finetune.buckets import Size, bucket_sizes, nearest_bucket
-from finetune.cache import LatentCache, View
+from finetune.cache import View
 from finetune.folders import Picture, read_folder
 from finetune.seeds import seeded
 from sdkit.errors import ConfigError
+
+Latents = Annotated[
+    Literal["mean", "sample"],
+    "What of the VAE's posterior is trained on; Stable Diffusion's is so narrow that it makes no difference.",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class DataConfig:
     longest_side: Annotated[int | None, "Longest side of a bucket (default: twice the resolution)."] = None
     random_crops: Annotated[int, "Crop each picture at so many random places; 0: in the middle."] = 0
     random_flip: Annotated[bool, "Mirror half of the pictures."] = False
+    latents: Latents = "mean"
     caption_prefix: Annotated[str, "Put before every caption."] = ""
     shuffle_tags: Annotated[int, "Shuffle the caption's parts between commas, in so many orders; 0: not."] = 0
     keep_tags: Annotated[int, "The first parts that keep their place."] = 0
@@ -143,8 +149,8 @@ class TrainingData:
         every = [order for picture in dict.fromkeys(self.samples) for order in self._orders(picture.caption)]
         return list(dict.fromkeys(every))
 
-    def batch(self, n: int, latents: LatentCache) -> Batch:
-        """This process's share of micro-batch ``n``."""
+    def batch(self, n: int, latents: Callable[[View, torch.Generator | None], Tensor]) -> Batch:
+        """This process's share of micro-batch ``n``; ``latents`` is a LatentCache, or what gives tensors as it does."""
         epoch, place = divmod(n, self.batches_per_epoch)
         bucket, pictures = self._batches(epoch)[place]
         size = self.config.train_batch_size
@@ -153,7 +159,10 @@ class TrainingData:
         generators = [seeded("sample", self.seed, first + i) for i in range(size)]
         drawn = [self._draw(p, bucket, g) for p, g in zip(own, generators, strict=True)]
         weights = [self.config.prior_loss_weight if p.is_prior else 1.0 for p in own]
-        stacked = torch.stack([latents.sample(view, g) for (view, _), g in zip(drawn, generators, strict=True)])
+        sample = self.config.latents == "sample"
+        stacked = torch.stack(
+            [latents(view, g if sample else None) for (view, _), g in zip(drawn, generators, strict=True)]
+        )
         return Batch(stacked, [caption for _, caption in drawn], torch.tensor(weights), generators)
 
     @property

@@ -55,7 +55,7 @@ class LearnedWord(nn.Module):
         """The vectors [n, D] as captions get them."""
         if self.max_norm is None:
             return self.vectors
-        return self.vectors * (self.max_norm / self.vectors.norm(dim=1, keepdim=True).clamp(min=self.max_norm))
+        return self.vectors * (self.max_norm / self.vectors.norm(dim=1, keepdim=True)).clamp(max=1)
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         return encode_prompts(

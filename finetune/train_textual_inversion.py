@@ -8,27 +8,19 @@ is, to the bit, so there is nothing that it could forget.
 from __future__ import annotations
 
 import re
-import shutil
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import torch
-from PIL import Image
-from torch import nn
 
 from finetune.adapters import freeze
-from finetune.buckets import Size
-from finetune.cache import LatentCache, weights_hash
-from finetune.checkpoints import saved_states
-from finetune.data import Batch, DataConfig, TrainingData, describe
-from finetune.loop import TrainConfig, make_accelerator, train
-from finetune.losses import DiffusionLoss, LossConfig
-from finetune.memory import checkpoint_activations, estimate_memory, peak_memory, saved_bytes
-from finetune.options import command, to_toml
+from finetune.data import Batch, DataConfig, TrainingData
+from finetune.loop import TrainConfig
+from finetune.losses import LossConfig
+from finetune.options import command
+from finetune.runs import ModelConfig, SampleConfig, Student, teach
 from finetune.textual_inversion import (
     LearnedWord,
     check_captions,
@@ -36,22 +28,9 @@ from finetune.textual_inversion import (
     initial_vectors,
     vocabulary_norm,
 )
-from finetune.train_hypernetwork import report
-from finetune.train_lora import (
-    DTYPES,
-    RECOMPUTED,
-    ModelConfig,
-    SampleConfig,
-    load_model,
-    sample_sheet,
-    training_data,
-)
 from sdkit.errors import ConfigError
 from sdkit.pipeline import StableDiffusion
 from sdkit.textual_inversion import save_textual_inversion
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 HOLE = "{}"
 TEMPLATES = ("a picture of {}", "a photo of {}", "a render of {}", "a close view of {}", "here is {}", "{}")
@@ -102,43 +81,28 @@ class InversionTraining(TrainConfig):
 def main(
     model: InversionModel,
     options: WordOptions,
-    data_config: DataConfig,
-    loss_config: LossConfig,
+    data: DataConfig,
+    loss: LossConfig,
     config: InversionTraining,
     sampling: SampleConfig,
 ) -> None:
     """Learn the vectors of a new word (textual inversion) from a folder of pictures of what it means."""
-    accelerator = make_accelerator(config)
-    check_data(data_config)
-    sd = load_model(model.model, accelerator.device, DTYPES[accelerator.mixed_precision])
-    uncaptioned = replace(data_config, instance_prompt=data_config.instance_prompt or options.token)
-    data = training_data(sd, uncaptioned, config.seed, accelerator)
-    check_captions(data.captions(), options.token, sd.tokenizer)
-    identity = {"data": data.fingerprint, "word": str(options), "loss": str(loss_config),
-                "clip_skip": str(model.clip_skip)}  # fmt: skip
-    identity |= {name: weights_hash(getattr(sd, name)) for name in ("unet", "vae", "text_encoder")}
-    word = learned_word(sd, options, model.clip_skip)
-    latents = LatentCache(sd.vae, data_config.cache_dir or model.output / "cache")
-    encode_pictures(latents, data, accelerator)
-    loss = DiffusionLoss(sd.unet, word, sd.schedule, loss_config)
-    about = summary(sd, loss, options, data, config, model, accelerator.num_processes)
-    if accelerator.is_main_process:
-        print(about, flush=True)
-        model.output.mkdir(parents=True, exist_ok=True)
-        (model.output / "config.toml").write_text(to_toml(model, options, data_config, loss_config, config, sampling))
-    if model.gradient_checkpointing:
-        checkpoint_activations(sd.unet, RECOMPUTED)
-    prompts = sampling.validation_prompt or tuple(data.captions()[: sampling.num_validation_images])
-    started = time.monotonic()
-    history = train(
-        accelerator, loss, lambda n: fill_templates(data.batch(n, latents), options), config, model.output,
-        identity=identity, export=lambda folder: save(word, folder, options),
-        validate=partial(word_sheet, sd, word, prompts, sampling, model.clip_skip) if prompts else None,
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        shutil.copyfile(saved_states(model.output)[-1] / options.files[1], model.output / options.files[1])
-        seconds, peak = time.monotonic() - started, peak_memory(accelerator.device)
-        report(model.output, about, history, seconds, peak, options.files[0])
+    check_data(data)
+
+    def adapt(sd: StableDiffusion, pictures: TrainingData) -> Student:
+        check_captions(pictures.captions(), options.token, sd.tokenizer)
+        word = learned_word(sd, options, model.clip_skip)
+        return Student(
+            options.files,
+            lambda folder: save(word, folder, options),
+            word,
+            batch=partial(fill_templates, options=options),
+            show=lambda: sd.textual_inversions.update({word.token: word.inversion().vectors}),
+            about={"word": f"{options.token}, {options.vectors} vector(s) that begin as {options.init!r}"},
+        )
+
+    captioned = replace(data, instance_prompt=data.instance_prompt or options.token)
+    teach(adapt, options, model, captioned, loss, config, sampling)
 
 
 def check_data(config: DataConfig) -> None:
@@ -157,13 +121,6 @@ def learned_word(sd: StableDiffusion, options: WordOptions, clip_skip: int) -> L
     return LearnedWord(options.token, vectors, sd.tokenizer, sd.text_encoder, clip_skip, longest)
 
 
-def encode_pictures(latents: LatentCache, data: TrainingData, accelerator: Accelerator) -> None:
-    """Fill the cache: each process its share, then, where the disk is not shared, what it still lacks."""
-    for share in (slice(accelerator.process_index, None, accelerator.num_processes), slice(None)):
-        latents.fill(data.views(), share, accelerator.is_local_main_process)
-        accelerator.wait_for_everyone()
-
-
 def fill_templates(batch: Batch, options: WordOptions) -> Batch:
     """Captions that are the token alone put into a template, each drawn with the sample's own generator."""
     captions = list(batch.captions)
@@ -174,62 +131,10 @@ def fill_templates(batch: Batch, options: WordOptions) -> Batch:
     return replace(batch, captions=captions)
 
 
-def word_sheet(
-    sd: StableDiffusion, word: LearnedWord, prompts: Sequence[str], sampling: SampleConfig, clip_skip: int
-) -> Image.Image:
-    """A picture of each prompt, with the word as it is by now."""
-    sd.textual_inversions[word.token] = word.inversion().vectors
-    return sample_sheet(sd, prompts, sampling, clip_skip)
-
-
 def save(word: LearnedWord, folder: Path, options: WordOptions) -> None:
     """Write the word so far in both formats."""
     for file in options.files:
         save_textual_inversion(word.inversion(), folder / file)
-
-
-def summary(
-    sd: StableDiffusion,
-    loss: DiffusionLoss,
-    options: WordOptions,
-    data: TrainingData,
-    config: TrainConfig,
-    model: ModelConfig,
-    world: int,
-) -> str:
-    """What is about to happen: the word, pictures, steps, memory."""
-    trained = [p for p in loss.parameters() if p.requires_grad]
-    batch = data.config.train_batch_size
-    each = batch * config.gradient_accumulation_steps * world
-    widest = max(data.buckets, key=lambda bucket: bucket[0] * bucket[1])
-    activations = activation_bytes(sd, batch, widest, RECOMPUTED if model.gradient_checkpointing else ())
-    everything = nn.ModuleList([loss, sd.vae, sd.text_encoder])
-    memory = estimate_memory([everything], activations, config.ema_decay is not None)
-    epochs = config.max_train_steps * config.gradient_accumulation_steps / data.batches_per_epoch
-    lines = {
-        "model": f"{model.model}, {str(sd.dtype).removeprefix('torch.')}, {sd.schedule.prediction_type}",
-        "word": f"{options.token}, {options.vectors} vector(s) that begin as {options.init!r}",
-        "trained": f"{sum(p.numel() for p in trained):,} parameters in {len(trained)} tensors",
-        "pictures": f"{len(set(data.samples))}: {describe(data)}",
-        "steps": f"{config.max_train_steps} of {each} pictures, {epochs:.1f} epochs, {world} process(es)",
-        "memory": f"about {memory} a process",
-        "output": str(model.output),
-    }
-    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
-
-
-def activation_bytes(sd: StableDiffusion, batch: int, bucket: Size, recomputed: tuple[type[Any], ...]) -> int:
-    """What the UNet keeps for the backward pass to its context; the text encoder keeps little beside it."""
-    config, factor = sd.unet.config, sd.vae.config.factor
-    width, height = (side // factor for side in bucket)
-
-    def forward() -> object:
-        sample = torch.empty(batch, config.in_channels, height, width, dtype=sd.dtype)
-        states = config.per_block(config.cross_attention_dim)[0]
-        context = torch.empty(batch, 77, states, dtype=sd.dtype, requires_grad=True)
-        return sd.unet(sample, torch.zeros(batch), context)
-
-    return saved_bytes(sd.unet, forward, recomputed)
 
 
 app = command(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from PIL import Image
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from finetune.buckets import prepare
 from finetune.cache import LatentCache, View, weights_hash
-from finetune.data import DataConfig, TrainingData, describe, read_pictures
+from finetune.data import DataConfig, Latents, TrainingData, read_pictures
 from finetune.loop import TrainConfig, make_accelerator, train
 from finetune.memory import checkpoint_activations, estimate_memory, peak_memory, saved_bytes
 from finetune.metrics import load_inception, measure
 from finetune.options import command, to_toml
-from finetune.train_hypernetwork import report
+from finetune.report import report, summary
+from finetune.runs import fill_caches
 from finetune.vae_decoder import DecoderBatch, DecoderLoss, DecoderLossConfig
 from sdkit.errors import ConfigError
 from sdkit.image import grid, open_image, to_pil
@@ -62,6 +63,7 @@ class DecoderData:
     aspect_buckets: Annotated[bool, "Keep each picture's aspect ratio, about; else all become squares."] = True
     random_crops: Annotated[int, "Crop each picture at so many random places; 0: in the middle."] = 0
     random_flip: Annotated[bool, "Mirror half of the pictures."] = False
+    latents: Latents = "mean"
     train_batch_size: Annotated[int, "Pictures a process and micro-batch."] = 8
     cache_dir: Annotated[Path | None, "Encoded pictures (default: OUTPUT/cache)."] = None
 
@@ -69,7 +71,8 @@ class DecoderData:
         """As the data of any training, each picture with an empty caption."""
         return DataConfig(
             self.data, instance_prompt="", resolution=self.resolution, aspect_buckets=self.aspect_buckets,
-            random_crops=self.random_crops, random_flip=self.random_flip, train_batch_size=self.train_batch_size,
+            random_crops=self.random_crops, random_flip=self.random_flip, latents=self.latents,
+            train_batch_size=self.train_batch_size,
         )  # fmt: skip
 
 
@@ -108,11 +111,12 @@ def main(
     torch.manual_seed(config.seed)
     loss = DecoderLoss(vae, loss_config)
     figures = measures(loss, shown, sampling)
-    latents = filled_cache(vae, data, data_config.cache_dir or model.output / "cache", accelerator)
-    about = summary(loss, data, config, model, accelerator.num_processes)
+    latents = LatentCache(vae, data_config.cache_dir or model.output / "cache")
+    fill_caches(latents, None, data, accelerator)
+    said = about(loss, data, config, model, accelerator.num_processes)
     before: dict[str, float] = {}
     if accelerator.is_main_process:
-        print(about, flush=True)
+        print(said, flush=True)
         model.output.mkdir(parents=True, exist_ok=True)
         (model.output / "config.toml").write_text(to_toml(model, data_config, loss_config, config, sampling))
         before = figures(vae)
@@ -131,7 +135,7 @@ def main(
     )  # fmt: skip
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
-        report(model.output, about, history, seconds, peak_memory(accelerator.device), FILE)
+        report(model.output, said, history, seconds, peak_memory(accelerator.device), (FILE,))
         after = figures(load_vae_file(model.output / FILE).to(accelerator.device))
         what = "trained on" if data_config.validation_data is None else "not trained on"
         add_measures(model.output / "report.md", f"{len(shown)} pictures {what}", before, after)
@@ -180,25 +184,9 @@ def pixels(view: View) -> Tensor:
     return prepare(open_image(picture.path), bucket, crop, flip, picture.digest)
 
 
-def filled_cache(vae: AutoencoderKL, data: TrainingData, folder: Path, accelerator: Accelerator) -> LatentCache:
-    """Encode what is not there yet: each process its share, then, where the disk is not shared, what it still lacks."""
-    latents = LatentCache(vae, folder)
-    for share in (slice(accelerator.process_index, None, accelerator.num_processes), slice(None)):
-        latents.fill(data.views(), share, accelerator.is_local_main_process)
-        accelerator.wait_for_everyone()
-    return latents
-
-
-class Pixels:
-    """In a latent cache's place gives the pictures themselves."""
-
-    def sample(self, view: View, generator: torch.Generator) -> Tensor:
-        return pixels(view)[0]
-
-
 def batch(data: TrainingData, latents: LatentCache, accumulation: int, n: int) -> DecoderBatch:
     """Micro-batch ``n``: latents, and the pictures that they are of."""
-    pictures = data.batch(n, cast("LatentCache", Pixels()))  # all that it asks for is sample()
+    pictures = data.batch(n, lambda view, generator: pixels(view)[0])
     return DecoderBatch(data.batch(n, latents).latents, pictures.latents, n // accumulation)
 
 
@@ -224,26 +212,18 @@ def sample_sheet(vae: AutoencoderKL, views: Sequence[View]) -> Image.Image:
     return grid([image for x in both for image in to_pil(x)], len(views))
 
 
-def summary(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: DecoderModel, world: int) -> str:
-    """What is about to happen: parameters, pictures, steps, memory."""
+def about(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: DecoderModel, world: int) -> str:
+    """The run's summary."""
     trained = [p for p in loss.vae.parameters() if p.requires_grad]
-    count = data.config.train_batch_size
-    each = count * config.gradient_accumulation_steps * world
     activations = activation_bytes(loss, data, RECOMPUTED if model.gradient_checkpointing else ())
     memory = estimate_memory([loss], activations, config.ema_decay is not None)
-    epochs = config.max_train_steps * config.gradient_accumulation_steps / data.batches_per_epoch
     perceptual = "1 - multi-scale SSIM" if loss.lpips is None else "LPIPS"
     lines = {
         "model": f"{model.model}, its VAE's decoder",
-        "trained": f"{sum(p.numel() for p in trained):,} parameters in {len(trained)} tensors",
         "loss": f"{loss.config.reconstruction} + {loss.config.perceptual_weight:g} ({perceptual})"
         + (f", discriminator {loss.config.discriminator_weight:g}" if loss.discriminator else ""),
-        "pictures": f"{len(set(data.samples))}: {describe(data)}",
-        "steps": f"{config.max_train_steps} of {each} pictures, {epochs:.1f} epochs, {world} process(es)",
-        "memory": f"about {memory} a process",
-        "output": str(model.output),
     }
-    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+    return summary(lines, trained, data, config, memory, model.output, world)
 
 
 def activation_bytes(loss: DecoderLoss, data: TrainingData, recomputed: tuple[type[torch.nn.Module], ...]) -> int:

@@ -46,6 +46,11 @@ def test_the_newest_run_of_a_device_counts() -> None:
     old, new = report.condense(raw("NVIDIA H100", "13.0")), report.condense(raw("NVIDIA H100", "13.0", ours=4.0))
     new["date"] = "2026-02-02T00:00:00"
     assert report.tables([new, old]) == report.tables([new])
+    training = report.condense(raw("NVIDIA H100", "13.0"))
+    for row in training["rows"]:
+        row["op"] = "training"
+    both = report.tables([new, training])
+    assert "| geglu | forward |" in both and "| training | forward |" in both
 
 
 def test_a_run_is_kept_under_its_device_and_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

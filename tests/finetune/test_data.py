@@ -186,8 +186,21 @@ def test_cached_latents_are_those_of_the_encoder(tmp_path: Path):
     assert cache.fill([view, view]) == 1 and cache.fill([view]) == 0
     with torch.no_grad():
         posterior = encoder.encode(prepare(Image.open(view[0].path), view[1], None, False, view[0].digest))
-    expected = posterior.sample(torch.Generator().manual_seed(3))[0] * encoder.config.scaling_factor
-    assert torch.allclose(cache.sample(view, torch.Generator().manual_seed(3)), expected, atol=1e-6)
+    scale = encoder.config.scaling_factor
+    expected = posterior.sample(torch.Generator().manual_seed(3))[0] * scale
+    assert torch.allclose(cache(view, torch.Generator().manual_seed(3)), expected, atol=1e-6)
+    assert torch.allclose(cache(view), posterior.mean[0] * scale, atol=1e-6)
+
+
+def test_which_latents_are_trained_on_is_a_choice(tmp_path: Path):
+    paint(tmp_path / "a" / "a.png").with_suffix(".txt").write_text("x")
+    config = DataConfig(data=tmp_path / "a")
+    data = dataset(tmp_path / "a", config)
+    cache, (view,) = filled(data, tmp_path / "a"), data.views()
+    assert all(torch.equal(data.batch(n, cache).latents[0], cache(view)) for n in range(3))
+    sampled = dataset(tmp_path / "a", replace(config, latents="sample"))
+    assert len({sampled.batch(n, cache).latents.sum().item() for n in range(3)}) == 3
+    assert sampled.fingerprint != data.fingerprint
 
 
 def test_a_stale_latent_is_not_used(tmp_path: Path):
@@ -210,14 +223,14 @@ def test_a_stale_latent_is_not_used(tmp_path: Path):
     with torch.no_grad():
         quant.quant_conv.bias.add_(1.0)
     assert encoded(plain, quant) == 1
-    before = LatentCache(vae(), tmp_path).sample(dataset(folder).views()[0], torch.Generator().manual_seed(0))
+    before = LatentCache(vae(), tmp_path)(dataset(folder).views()[0])
     (folder / "a.txt").write_text("another caption")
     assert encoded(plain, vae()) == 0
     paint(folder / "a.png", seed=1)  # same name and size, other bytes
     with pytest.raises(CheckpointError, match="start again"):
-        LatentCache(vae(), tmp_path).sample(dataset(folder).views()[0], torch.Generator())
+        LatentCache(vae(), tmp_path)(dataset(folder).views()[0])
     assert encoded(plain, vae()) == 1
-    after = LatentCache(vae(), tmp_path).sample(dataset(folder).views()[0], torch.Generator().manual_seed(0))
+    after = LatentCache(vae(), tmp_path)(dataset(folder).views()[0])
     assert not torch.equal(before, after)
 
 

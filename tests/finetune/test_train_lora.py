@@ -19,19 +19,13 @@ from typer.testing import CliRunner
 
 import finetune
 from finetune.checkpoints import load_state, saved_states
+from finetune.data import DataConfig
 from finetune.folders import read_folder
+from finetune.loop import TrainConfig
+from finetune.losses import LossConfig
 from finetune.options import command, to_toml
-from finetune.train_lora import (
-    RECOMPUTED,
-    DataConfig,
-    LoraOptions,
-    LossConfig,
-    ModelConfig,
-    SampleConfig,
-    TrainConfig,
-    app,
-    make_class_pictures,
-)
+from finetune.runs import RECOMPUTED, SampleConfig, make_class_pictures
+from finetune.train_lora import LoraModel, LoraOptions, app
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError, SDKitError
 from tests.finetune import toy
@@ -123,7 +117,7 @@ def test_options_reach_what_they_are_for(pictures: Path, tmp_path: Path, monkeyp
     def started(accelerator, loss, batches, config, output, **arguments):
         raise Started(loss, batches, config, output, arguments)
 
-    monkeypatch.setattr("finetune.train_lora.train", started)
+    monkeypatch.setattr("finetune.runs.train", started)
     options = (
         "--data", pictures, "--output", tmp_path / "run", "--cache-dir", tmp_path / "cache",
         "--snr-gamma", 5, "--noise-offset", 0.1, "--gradient-checkpointing", "--learning-rate", 0.5,
@@ -140,10 +134,10 @@ def test_options_reach_what_they_are_for(pictures: Path, tmp_path: Path, monkeyp
         assert batches(0).latents.shape[0] == 2 and set(batches(0).captions) <= {"a red wall", "a blue wall"}
         blocks = [m for m in loss.unet.modules() if isinstance(m, RECOMPUTED)]
         assert all(isinstance(m.forward, partial) != bool(more) for m in blocks) and len(blocks) > 10
-        assert arguments["validate"].args[1] == (("x",) if more else ("a red wall", "a blue wall"))
+        assert arguments["validate"].args[2] == (("x",) if more else ("a red wall", "a blue wall"))
         identities.append(arguments["identity"])
     assert {k for k in identities[0] if identities[0][k] != identities[1][k]} == {"clip_skip"}
-    assert identities[0].keys() == {"data", "unet", "vae", "text_encoder", "lora", "loss", "clip_skip"}
+    assert identities[0].keys() == {"data", "unet", "vae", "text_encoder", "options", "loss", "clip_skip"}
 
 
 def test_class_pictures_are_made_until_there_are_enough(tmp_path: Path):
@@ -175,7 +169,7 @@ def test_help_has_every_option_in_its_panel():
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     for panel in ("Model", "LoRA", "Data", "Loss", "Training", "Samples"):
         assert f"─ {panel} ─" in shown
-    kinds = (ModelConfig, LoraOptions, DataConfig, LossConfig, TrainConfig, SampleConfig)
+    kinds = (LoraModel, LoraOptions, DataConfig, LossConfig, TrainConfig, SampleConfig)
     for name in [f.name for kind in kinds for f in fields(kind)] + ["config"]:
         assert f"--{name.replace('_', '-')} " in shown, name
 
@@ -254,7 +248,8 @@ from sdkit import AutoencoderKL, StableDiffusion, UNet2DConditionModel, UNetConf
 from sdkit.config import UNetConfig
 from sdkit.single_file import read_preset
 from sdkit.text import build_text_encoder, clip_tokenizer
-import finetune.train_lora as script
+import finetune.runs
+from finetune.train_lora import app
 
 def random_model(name, device, dtype):
     preset = read_preset("sd1")
@@ -262,9 +257,9 @@ def random_model(name, device, dtype):
         UNet2DConditionModel.from_config(preset["unet"]), AutoencoderKL.from_config(preset["vae"]),
         build_text_encoder(preset["text_encoder"]), clip_tokenizer(), preset["scheduler"]))
 
-script.load_model = random_model
+finetune.runs.load_model = random_model
 import sys
-script.app(sys.argv[1:])
+app(sys.argv[1:])
 """
 
 

@@ -181,9 +181,10 @@ def test_options_reach_what_they_are_for(
     assert identities[0]["loss"] == identities[1]["loss"]  # wherever the files lie
 
 
-def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path, tmp_path: Path):
+@pytest.mark.parametrize("latents_are", ["mean", "sample"])
+def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path, tmp_path: Path, latents_are: Any):
     vae = load_vae(str(tiny_vae))
-    config = replace(DecoderData(pictures, random_crops=3, random_flip=True).config(), train_batch_size=2)
+    config = DecoderData(pictures, random_crops=3, random_flip=True, latents=latents_are, train_batch_size=2).config()
     data = training_data(vae, config, seed=0)
     latents = LatentCache(vae, tmp_path / "cache")
     latents.fill(data.views(), progress=False)
@@ -193,7 +194,8 @@ def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path,
         with torch.no_grad():
             posterior = vae.encode(found.pixels)
         error = (found.latents / vae.config.scaling_factor - posterior.mean) / posterior.std
-        assert 0.9 < float(error.std()) < 1.1 and float(found.pixels.abs().max()) <= 1  # a sample of the posterior
+        low, high = (0.0, 1e-3) if latents_are == "mean" else (0.9, 1.1)
+        assert low <= float(error.std()) < high and float(found.pixels.abs().max()) <= 1
         seen |= {x.numpy().tobytes() for x in found.pixels}
     assert len(seen) > 8
 

@@ -1,0 +1,167 @@
+"""A LoRA training step beside diffusers + peft: ``pytest bench/test_training.py``.
+
+On a GPU: a network of SD1's size with random weights, pictures of 512, batch 4, rank 8 on cross-attention, autocast
+over a half UNet with float32 adapters, fused AdamW; eager beside eager, compiled beside compiled. On a CPU: the
+shipped model's network in float32, as a check that the suite works. Both get latents and contexts that are cached
+already. ``--benchmark-json`` keeps the figures for ``bench.report``; *peak MB* is the most memory that a step held.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.timing import Ceilings, ceilings, machine
+from finetune.data import Batch
+from finetune.lora import add_lora
+from finetune.losses import DiffusionLoss, LossConfig
+from sdkit.checkpoint import load_folder
+from sdkit.pipeline import MODELS, StableDiffusion
+from sdkit.single_file import read_preset
+from sdkit.unet import UNet2DConditionModel
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+BATCH, SIDE, RANK = (4, 64, 8) if GPU else (2, 16, 8)
+CROSS_ATTENTION = r".*\.attn2\.(to_[qkv]|to_out\.0)"
+DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that trains: its loss for step n, and what is trained."""
+
+    loss: Callable[[int], Tensor]
+    trained: list[nn.Parameter]
+
+
+def unet_config() -> dict[str, Any]:
+    return read_preset("sd1")["unet"] if GPU else load_folder(MODELS / "tabletop").unet.config.to_dict()
+
+
+def inputs(width: int) -> tuple[Tensor, Tensor]:
+    """Latents [B, 4, h, w] and contexts [B, 77, D] on the CPU, as caches give them."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, 4, SIDE, SIDE, generator=g), torch.randn(BATCH, 77, width, generator=g)
+
+
+def ours(dtype: torch.dtype, compiled: bool) -> Step:
+    """`DiffusionLoss` on our UNet with our adapters."""
+    sd = StableDiffusion(load_folder(MODELS / "tabletop"))
+    sd.unet = UNet2DConditionModel.from_config(unet_config()).to(DEVICE, dtype)
+    trained = add_lora(sd, RANK, RANK)
+    for p in trained:
+        p.data = p.data.float()
+    latents, contexts = inputs(sd.unet.config.per_block(sd.unet.config.cross_attention_dim)[0])
+    loss = DiffusionLoss(sd.unet.train(), lambda captions: contexts, sd.schedule, LossConfig()).to(DEVICE)
+    if compiled:
+        sd.unet.compile()
+
+    def step(n: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(n * BATCH + i) for i in range(BATCH)]
+        return loss(Batch(latents, [""] * BATCH, torch.ones(BATCH), generators))
+
+    return Step(step, trained)
+
+
+def theirs(dtype: torch.dtype, compiled: bool) -> Step:
+    """diffusers' UNet with peft's adapters, as diffusers' training script for LoRA does it."""
+    diffusers = pytest.importorskip("diffusers")
+    from peft import LoraConfig
+
+    config = unet_config()
+    unet = diffusers.UNet2DConditionModel.from_config(config).to(DEVICE, dtype).requires_grad_(False).train()
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=CROSS_ATTENTION))
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+    latents, contexts = inputs(config["cross_attention_dim"])
+    schedule = diffusers.DDPMScheduler.from_config(load_folder(MODELS / "tabletop").scheduler_config)
+    if compiled:
+        unet.compile()
+
+    def step(n: int) -> Tensor:
+        g = torch.Generator().manual_seed(n)
+        noise = torch.randn(latents.shape, generator=g).to(DEVICE, dtype)
+        t = torch.randint(schedule.config.num_train_timesteps, (BATCH,), generator=g).to(DEVICE)
+        x0 = latents.to(DEVICE, dtype)
+        noisy = schedule.add_noise(x0, noise, t)
+        prediction = unet(noisy, t, contexts.to(DEVICE, dtype), return_dict=False)[0]
+        return F.mse_loss(prediction.float(), schedule.get_velocity(x0, noise, t).float())
+
+    return Step(step, trained)
+
+
+IMPLEMENTATIONS: dict[str, tuple[Callable[[torch.dtype, bool], Step], bool]] = {
+    "ours": (ours, False), "diffusers + peft": (theirs, False),
+    "ours compiled": (ours, True), "diffusers + peft compiled": (theirs, True),
+}  # fmt: skip
+
+
+def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Each call makes an optimizer step and waits for it."""
+    make, compiled = IMPLEMENTATIONS[name]
+    step = make(dtype, compiled)
+    optimizer = torch.optim.AdamW(step.trained, 1e-4, fused=True)
+    scaler = torch.amp.GradScaler(enabled=dtype == torch.float16)
+    count = 0
+
+    def run() -> None:
+        nonlocal count
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            loss = step.loss(count)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(step.trained, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        count += 1
+        if GPU:
+            torch.cuda.synchronize()
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory() -> Generator[None]:
+    """Nothing of the case before is left."""
+    torch.compiler.reset()
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+    yield
+
+
+@pytest.fixture(scope="session")
+def limits() -> Ceilings:
+    return ceilings(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_training(benchmark: Any, limits: Ceilings, name: str, dtype: torch.dtype) -> None:
+    run = trainer(name, dtype)
+    for _ in range(3):
+        run()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    benchmark.pedantic(run, rounds=30 if GPU else 3)
+    peak = torch.cuda.max_memory_allocated() if GPU else None
+    ordered = sorted(benchmark.stats.stats.data)
+    compiled = "compiled" if name.endswith("compiled") else "eager"
+    benchmark.extra_info.update(
+        op="LoRA training step", direction="both", dtype=str(dtype), calls=1,
+        case=f"{'SD1 512' if GPU else 'tabletop'}, batch {BATCH}, {str(dtype).removeprefix('torch.')}, {compiled}",
+        implementation=name.removesuffix(" compiled"),
+        microseconds={q: 1e6 * ordered[int(q / 100 * (len(ordered) - 1))] for q in (20, 50, 80)},
+        images_per_second=BATCH / ordered[len(ordered) // 2], bytes=0, flops=0, copy=limits.copy,
+        matrix=limits.matrix, machine=machine(DEVICE), peak_memory=peak,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""Fine-tune the weights of the UNet itself: ``python -m finetune.train_unet --data pictures --output runs/mine``.
+
+Writes OUTPUT/model, a whole model in diffusers' layout, and beside it the same as `finetune.train_lora`. Trained is the
+cross-attention alone, as in Custom Diffusion (arXiv 2212.04488), or all of it, as in DreamBooth (arXiv 2208.12242).
+Weights stay in float32; under mixed precision the layers compute in half precision by autocast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from finetune.adapters import freeze
+from finetune.data import DataConfig
+from finetune.loop import TrainConfig
+from finetune.lora import match_targets
+from finetune.losses import LossConfig
+from finetune.options import command
+from finetune.runs import ModelConfig, SampleConfig, Student, teach
+from finetune.sites import sites_of
+from sdkit.pipeline import StableDiffusion
+
+FOLDER = "model"
+FULL = {"no": torch.float32, "fp16": torch.float32, "bf16": torch.float32}
+
+
+@dataclass(frozen=True)
+class UNetModel(ModelConfig):
+    """What is trained, and where the results go."""
+
+    output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/unet")
+
+
+@dataclass(frozen=True)
+class UNetOptions:
+    """Which of the weights."""
+
+    targets: Annotated[
+        tuple[str, ...],
+        "cross_attention, attention, transformer, all (norms too) or a regular expression; several: ends of names.",
+    ] = ("cross_attention",)
+
+
+def main(
+    model: UNetModel,
+    options: UNetOptions,
+    data: DataConfig,
+    loss: LossConfig,
+    config: TrainConfig,
+    sampling: SampleConfig,
+) -> None:
+    """Fine-tune the UNet's own weights on a folder of pictures with captions."""
+
+    def adapt(sd: StableDiffusion, _: object) -> Student:
+        unfreeze(sd, options)
+        return Student((FOLDER,), lambda folder: sd.save_pretrained(folder / FOLDER))
+
+    teach(adapt, options, model, data, loss, config, sampling, FULL)
+
+
+def unfreeze(sd: StableDiffusion, options: UNetOptions) -> None:
+    """Let the layers that ``targets`` name train, and nothing else. Raises ConfigError for what matches none."""
+    targets = options.targets[0] if len(options.targets) == 1 else options.targets
+    chosen = match_targets(sites_of(sd.unet, "unet"), targets)
+    freeze(sd)
+    for module in [sd.unet] if targets == "all" else [sd.unet.get_submodule(site.path) for site in chosen]:
+        module.requires_grad_(True)
+
+
+app = command(
+    main,
+    {
+        "Model": UNetModel, "UNet": UNetOptions, "Data": DataConfig, "Loss": LossConfig, "Training": TrainConfig,
+        "Samples": SampleConfig,
+    },
+)  # fmt: skip
+
+if __name__ == "__main__":
+    app(prog_name="python -m finetune.train_unet")

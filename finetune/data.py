@@ -99,9 +99,10 @@ def read_pictures(config: DataConfig) -> list[Picture]:
 class TrainingData:
     """Micro-batch ``n`` of a run that has no end, whatever was asked for before: ``batch(n)``.
 
-    All samples of a micro-batch, over all processes, lie in one bucket; each bucket's last micro-batch of an epoch is
-    filled up from the epoch's beginning. Pictures of the prior class are repeated, or left out from the end, until
-    there are as many as others. ``step``: what the sides of buckets are multiples of.
+    All samples of a micro-batch, over all processes, lie in one bucket; each bucket's last micro-batch of an epoch
+    is filled up from the epoch's beginning. Of the concept's pictures and of those of the prior class, the fewer
+    are repeated until there are as many as of the others, as in diffusers' DreamBooth script. ``step``: what the
+    sides of buckets are multiples of.
     """
 
     def __init__(
@@ -216,7 +217,10 @@ def _repeated(pictures: Sequence[Picture]) -> list[Picture]:
     prior = [p for p in pictures if p.is_prior for _ in range(p.repeats)]
     if not subject:
         raise ConfigError("training data: no picture is shown, every folder has 0 repeats")
-    return subject + list(islice(cycle(prior), len(subject) if prior else 0))
+    if not prior:
+        return subject
+    count = max(len(subject), len(prior))
+    return [*islice(cycle(subject), count), *islice(cycle(prior), count)]
 
 
 def describe(data: TrainingData) -> str:

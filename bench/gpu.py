@@ -81,7 +81,7 @@ def compiled() -> bool:
 
 def training() -> bool:
     """Ours and diffusers + peft."""
-    return _timings("training", "test_training.py", "test_training", 400)
+    return _timings("training", "test_training.py", "test_training", 500)
 
 
 PARTS: dict[str, Callable[[], bool]] = {

@@ -154,8 +154,9 @@ def measure(sd: StableDiffusion, prompts: Sequence[str]) -> dict[str, float]:
     """What pictures of the concept's prompts and of the base's own show, in per cent."""
     shares = measure_concept(sd, load_concept_probe(), prompts, SEED, GUIDANCE, SAMPLING_STEPS)
     base = base_accuracy(sd, load_probe(), SEED, GUIDANCE, SAMPLING_STEPS)
-    return {"concept": shares["concept"], "zorb": shares["zorb"], "striped": shares["striped"],
-            "in_its_color": shares["concept in its colour"], "base": base}  # fmt: skip
+    found = {"concept": shares["concept"], "zorb": shares["zorb"], "striped": shares["striped"],
+             "in_its_color": shares["concept in its colour"], "base": base}  # fmt: skip
+    return {name: round(value, 3) for name, value in found.items()}  # whole pictures of 100, out of float32
 
 
 def read_results() -> list[Result]:

@@ -81,19 +81,6 @@ def test_the_readme_is_what_the_results_make():
     assert text.split(compare.START)[1].split(compare.END)[0].strip() == table(compare.read_results())
 
 
-def test_the_kept_lora_meets_its_bar():
-    runs = [r for r in compare.read_results() if r.step in (0, STEPS)]
-    (base,) = (r for r in runs if r.way == BASE)
-    lora = next(r for r in runs if r.way == "LoRA, rank 8")
-    assert base.concept < 5 and lora.concept >= 70 and lora.base >= base.base - 5 and lora.seconds <= 20 * 60
-
-
-def test_the_kept_hypernetworks_meet_their_bar():
-    runs = [r for r in compare.read_results() if r.step in (0, STEPS)]
-    hyper = [r for r in runs if r.way == "hypernetwork"]
-    assert len(hyper) >= 5 and all(r.concept >= 50 for r in hyper)
-
-
 @pytest.mark.slow
 def test_a_lora_teaches_the_concept_and_keeps_the_rest(tmp_path: Path):
     """The bar itself, trained anew: about 20 minutes on two cores."""

@@ -9,7 +9,7 @@ import torch
 
 import finetune
 from finetune.folders import read_folder
-from finetune.pretrain import compare
+from finetune.pretrain import compare, compare_decoder
 from finetune.pretrain.compare import BASE, STEPS, WAYS, Result, Way, folder_of, keep, learning_curves, nbytes, table
 from finetune.pretrain.concept import concept_prompts, write_concept_folder
 from sdkit.pipeline import StableDiffusion
@@ -91,3 +91,20 @@ def test_a_lora_teaches_the_concept_and_keeps_the_rest(tmp_path: Path):
     before = compare.measure(StableDiffusion.from_pretrained("tabletop"), prompts)
     after = compare.measure(compare.taught(WAYS[0], folder_of(WAYS[0], 1, tmp_path)), prompts)
     assert before["concept"] < 5 and after["concept"] >= 70 and after["base"] >= before["base"] - 5
+
+
+def test_the_decoders_table_is_what_the_results_make_and_meets_its_bars():
+    results = json.loads(compare_decoder.RESULTS.read_text())
+    text = (Path(finetune.__file__).parent / "README.md").read_text()
+    shown = text.split(compare_decoder.START)[1].split(compare_decoder.END)[0].strip()
+    assert shown == compare_decoder.table(results)
+    striped, photographs = results["striped"], results["photographs"]
+    assert striped["PSNR after"] >= striped["PSNR before"] + 1.5
+    assert all(photographs[f"{kind} after"] > photographs[f"{kind} before"] for kind in ("PSNR", "SSIM"))
+
+
+def test_what_decoders_are_measured_on_was_not_trained_on(tmp_path: Path):
+    compare_decoder.write_photographs(tmp_path)
+    data, unseen = (list((tmp_path / kind).iterdir()) for kind in ("data", "unseen"))
+    assert len(data) > len(unseen) >= 12 and not {p.read_bytes() for p in data} & {p.read_bytes() for p in unseen}
+    assert not {p.name for p in data} & {p.name for p in unseen}

@@ -153,7 +153,7 @@ def training_data(sd: StableDiffusion, config: DataConfig, seed: int, accelerato
     )
 
 
-def fill_caches(latents: LatentCache, text: TextCache | object, data: TrainingData, accelerator: Accelerator) -> None:
+def fill_caches(latents: LatentCache, text: object, data: TrainingData, accelerator: Accelerator) -> None:
     """Encode what is not there yet: each process its share, then, where the disk is not shared, what it still lacks."""
     for share in (slice(accelerator.process_index, None, accelerator.num_processes), slice(None)):
         latents.fill(data.views(), share, accelerator.is_local_main_process)

@@ -51,12 +51,6 @@ def losses(history: History) -> list[float]:
     return [row.loss for row in history.rows]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Its settings last for the process."""
-    toy.forget_accelerate()
-
-
 # Resume
 
 

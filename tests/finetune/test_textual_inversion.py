@@ -41,12 +41,6 @@ QUICK = ("--max-train-steps", 3, "--num-inference-steps", 2, "--logging-steps", 
 NEW = ("--token", TOKEN, "--init", "torus")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Its settings last for the process."""
-    toy.forget_accelerate()
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Two pictures, one of them with a caption."""

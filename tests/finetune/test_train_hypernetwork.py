@@ -3,7 +3,6 @@
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -19,21 +18,6 @@ from tests.finetune.test_train_lora import call
 from tests.finetune.tiny import model
 
 QUICK = ("--max-train-steps", 3, "--lr-warmup-steps", 1, "--num-inference-steps", 2, "--logging-steps", 1)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Its settings last for the process."""
-    toy.forget_accelerate()
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    for name in ("red", "blue"):
-        Image.new("RGB", (64, 64), name).save(tmp_path / "data" / f"{name}.png")
-        (tmp_path / "data" / f"{name}.txt").write_text(f"a {name} wall")
-    return tmp_path / "data"
 
 
 def test_a_folder_of_pictures_becomes_a_hypernetwork(pictures: Path, tmp_path: Path):
@@ -86,12 +70,19 @@ def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactl
 
 def test_it_begins_with_what_changes_nothing_and_trains_alone():
     sd = model()
+    torch.manual_seed(3)
     network = hypernetwork(sd, HypernetworkOptions())
+    first = [p.clone() for p in network.parameters()]
     assert network.widths == [32] and list(list_hypernetworks(sd).values()) == [network]
     x = torch.randn(1, 3, 32)
     assert torch.equal(network(x, x)[0], x)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
     assert not any(p.requires_grad for part in (sd.unet, sd.vae, sd.text_encoder) for p in part.parameters())
+    for seed in (3, 4):
+        other = model()
+        torch.manual_seed(seed)
+        drawn = hypernetwork(other, HypernetworkOptions()).parameters()
+        assert all(torch.equal(a, b) for a, b in zip(first, drawn, strict=True)) == (seed == 3)
 
 
 def test_mistakes_and_help(pictures: Path, tmp_path: Path):

@@ -34,12 +34,6 @@ ROOT = Path(__file__).parents[2]
 QUICK = ("--max-train-steps", "3", "--num-inference-steps", "2", "--num-validation-images", "1", "--logging-steps", "1")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Its settings last for the process."""
-    toy.forget_accelerate()
-
-
 def call(arguments: Sequence[object], program=app, status: int = 0) -> str:
     """Run the command line; everything that it printed."""
     result = CliRunner().invoke(program, [str(a) for a in arguments])

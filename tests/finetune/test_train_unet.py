@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from finetune.checkpoints import load_state, saved_states
@@ -15,21 +14,6 @@ from sdkit.errors import ConfigError
 from tests.finetune import toy
 from tests.finetune.test_train_lora import call
 from tests.finetune.tiny import model
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Its settings last for the process."""
-    toy.forget_accelerate()
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    for name, colour in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (64, 64), colour).save(tmp_path / "data" / f"{name}.png")
-        (tmp_path / "data" / f"{name}.txt").write_text(f"a {colour} wall")
-    return tmp_path / "data"
 
 
 @pytest.mark.parametrize(("targets", "trained"), [("cross_attention", "attn2."), (r"attn2\.to_[kv]$", "attn2.to_")])

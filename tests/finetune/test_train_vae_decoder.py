@@ -47,12 +47,6 @@ GAN = ("--discriminator-weight", 0.5, "--discriminator-channels", 4, "--discrimi
        "--discriminator-start", 2)  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Its settings last for the process."""
-    toy.forget_accelerate()
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Three without captions, one of them not square."""

@@ -103,9 +103,7 @@ def write_prior(folder: Path, count: int = PRIOR, seed: int = 77) -> None:
         return
     scenes = sample_scenes(count, torch.Generator().manual_seed(seed), counts=(0.7, 0.3, 0.0))
     texts, sd = captions(scenes, seed), StableDiffusion.from_pretrained("tabletop")
-    images = sd.text_to_image(
-        texts, seed=seed, num_inference_steps=20, guidance_scale=3.0, max_batch_size=50
-    ).images  # fmt: skip
+    images = sd.text_to_image(texts, seed=seed, num_inference_steps=20, guidance_scale=3.0, max_batch_size=50).images
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{i:03}.png")
@@ -118,7 +116,7 @@ def folder_of(way: Way, seed: int, work: Path) -> Path:
 
 
 def train(way: Way, seed: int, steps: int, work: Path) -> float:
-    """Run the way's script; returns its seconds. A run that was killed goes on, and one that is done takes none."""
+    """Run the way's script; returns its seconds. A run that was killed goes on."""
     command = [sys.executable, "-m", f"finetune.{way.script}", "--data", str(work / "zorb"), "--output",
                str(folder_of(way, seed, work)), "--seed", str(seed), "--max-train-steps", str(steps),
                "--checkpointing-steps", str(steps // PARTS), "--checkpoints-total-limit", str(PARTS), "--cache-dir",
@@ -237,7 +235,10 @@ def main(
     work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("build/compare"),
     every: Annotated[bool, typer.Option(help="Also measure what a run had learnt on its way.")] = True,
 ) -> None:
-    """Train and measure; then make the table and both figures of all that has been measured."""
+    """Train and measure what compare.json lacks; then make the table and both figures of all that it holds.
+
+    A run that was killed goes on, but its seconds are then those of its last session: begin it anew for the table.
+    """
     unlike = write_concept_folder(work / "zorb", PICTURES)
     write_prior(work / "prior")
     prompts = concept_prompts(100, unlike=unlike)
@@ -245,6 +246,8 @@ def main(
         keep(Result(BASE, 0, 0, **measure(StableDiffusion.from_pretrained("tabletop"), prompts), seconds=0.0, size=0))
     for way in (way for way in WAYS if not ways or way.name in ways):
         for number in seed or [0]:
+            if any((r.way, r.seed, r.step) == (way.name, number, steps) for r in read_results()):
+                continue
             seconds, folder = train(way, number, steps, work), folder_of(way, number, work)
             for state in saved_states(folder) if every else saved_states(folder)[-1:]:
                 step = int(state.name.split("-")[1])

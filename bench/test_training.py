@@ -67,7 +67,7 @@ def ours(dtype: torch.dtype, compiled: bool) -> Step:
 
     def step(n: int) -> Tensor:
         generators = [torch.Generator().manual_seed(n * BATCH + i) for i in range(BATCH)]
-        return loss(Batch(latents, [""] * BATCH, torch.ones(BATCH), generators))
+        return loss(Batch(latents, [""] * BATCH, torch.ones(BATCH), torch.zeros(BATCH, dtype=torch.bool), generators))
 
     return Step(step, trained)
 

@@ -19,6 +19,7 @@ from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdkit import StableDiffusion
+    from sdkit.unet import UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,19 @@ def disable(sd: StableDiffusion, name: str | None = None) -> None:
     """Let an adapter, or all of them, do nothing until `enable`. Raises ConfigError when there is none of that name."""
     names = _named(sd, name)
     activate(sd, [n for n, adapter in list_adapters(sd).items() if adapter.enabled and n not in names])
+
+
+@contextmanager
+def without_adapters(sd: StableDiffusion) -> Generator[UNet2DConditionModel]:
+    """Inside the block no adapter runs, none of which may be merged; gives the UNet. Which of them train stays."""
+    found = [layer for _, _, layer in layers(sd)]
+    try:
+        for layer in found:
+            layer.switched_off = True
+        yield sd.unet
+    finally:
+        for layer in found:
+            layer.switched_off = False
 
 
 def set_scale(sd: StableDiffusion, scale: float, name: str | None = None) -> None:

@@ -70,12 +70,14 @@ class Batch:
     """One process's share of a micro-batch of B samples.
 
     latents [B, C, h, w] float32, in the noise predictor's scale; weights [B] float32, of each sample's loss;
-    generators: each sample's own, from which what else it needs is drawn (timestep, noise).
+    prior [B] bool: which are pictures of the class that must not be forgotten; generators: each sample's own, from
+    which what else it needs is drawn (timestep, noise).
     """
 
     latents: Tensor
     captions: list[str]
     weights: Tensor
+    prior: Tensor
     generators: list[torch.Generator]
 
 
@@ -159,12 +161,13 @@ class TrainingData:
         first = n * self._together + self.rank * size  # samples are numbered through the run
         generators = [seeded("sample", self.seed, first + i) for i in range(size)]
         drawn = [self._draw(p, bucket, g) for p, g in zip(own, generators, strict=True)]
-        weights = [self.config.prior_loss_weight if p.is_prior else 1.0 for p in own]
+        prior = torch.tensor([p.is_prior for p in own])
+        weights = torch.where(prior, self.config.prior_loss_weight, 1.0)
         sample = self.config.latents == "sample"
         stacked = torch.stack(
             [latents(view, g if sample else None) for (view, _), g in zip(drawn, generators, strict=True)]
         )
-        return Batch(stacked, [caption for _, caption in drawn], torch.tensor(weights), generators)
+        return Batch(stacked, [caption for _, caption in drawn], weights, prior, generators)
 
     @property
     def _together(self) -> int:

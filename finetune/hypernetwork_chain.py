@@ -23,6 +23,7 @@ from sdkit.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from sdkit import StableDiffusion
     from sdkit.prompts import ExtraNetwork
+    from sdkit.unet import UNet2DConditionModel
 
 
 class _Chain:
@@ -115,6 +116,17 @@ def remove_hypernetworks(sd: StableDiffusion, name: str | None = None) -> None:
     gone = chain.named(name)
     chain.networks = {known: network for known, network in chain.networks.items() if network not in gone}
     _connect(sd, chain)
+
+
+@contextmanager
+def without_hypernetworks(sd: StableDiffusion) -> Generator[UNet2DConditionModel]:
+    """Inside the block no hypernetwork runs, also none that trains; gives the UNet."""
+    chain = _chain(sd)
+    networks, chain.networks = chain.networks, {}
+    try:
+        yield sd.unet
+    finally:
+        chain.networks = networks
 
 
 def _chain(sd: StableDiffusion) -> _Chain:

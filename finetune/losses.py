@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class LossConfig:
     noise_offset: Annotated[float, "Add to each channel's noise a normal times this, for darker darks; about 0.05."] = (
         0.0
     )
+    prior_target: Annotated[
+        Literal["picture", "base"],
+        "Pictures of --class-data teach what they show, as all pictures do, or what the untouched model makes of them, "
+        "which keeps it better and costs a forward pass.",
+    ] = "picture"
 
     def __post_init__(self) -> None:
         if self.snr_gamma is not None and not self.snr_gamma > 0:
@@ -70,6 +76,11 @@ class DiffusionLoss(nn.Module):
 
     ``context`` gives captions their hidden states [B, M, D]: a cache, or a module whose parameters are then trained
     with the UNet's. What is trained is what requires a gradient.
+
+    ``base``: inside it everything, ``context`` too, is as before training, and it gives the UNet to ask. Under
+    ``prior_target`` "base" the samples of the prior class have that UNet's prediction as their target, in place of the
+    noise that they were given: learning without forgetting (arXiv 1606.09282). At first their loss is 0, and unlike the
+    noise the target does not vary with what no network can know, so that this pulls back nothing else.
     """
 
     def __init__(
@@ -78,11 +89,14 @@ class DiffusionLoss(nn.Module):
         context: Callable[[Sequence[str]], Tensor],
         schedule: NoiseSchedule,
         config: LossConfig,
+        base: Callable[[], AbstractContextManager[nn.Module]] | None = None,
     ) -> None:
         super().__init__()
+        if config.prior_target == "base" and base is None:
+            raise ConfigError("prior_target: expected picture, as what is trained here has no base beside it")
         if schedule.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
             raise ConfigError("prediction_type: epsilon has no meaning at zero terminal SNR; expected v_prediction")
-        self.unet, self.context, self.schedule, self.config = unet, context, schedule, config
+        self.unet, self.context, self.schedule, self.config, self.base = unet, context, schedule, config, base
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone(), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -93,9 +107,23 @@ class DiffusionLoss(nn.Module):
             weights = weights * min_snr_weight(self.schedule, t, self.config.snr_gamma)
         x0, noise, t = (x.to(device, non_blocking=True) for x in (batch.latents, noise, t))
         x_t, target = sdkernels.add_noise(x0, noise, t, self.alphas_cumprod, self.schedule.prediction_type)  # type: ignore[arg-type]
-        prediction = self.unet(x_t.to(dtype), t, self.context(batch.captions).to(device, dtype))
-        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        x_t, target = x_t.to(dtype), target.float()
+        if self.config.prior_target == "base":
+            target = self._kept(target, x_t, t, batch)
+        prediction = self.unet(x_t, t, self.context(batch.captions).to(device, dtype))
+        error = (prediction.float() - target).square().flatten(1).mean(1)
         return (error * weights.to(device, torch.float32)).mean()
+
+    @torch.no_grad()
+    def _kept(self, target: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """``target`` [B, C, h, w], where the samples of the prior class have the base's prediction."""
+        rows = batch.prior.nonzero().flatten()
+        if self.base is None or not len(rows):
+            return target
+        captions, rows = [batch.captions[i] for i in rows.tolist()], rows.to(x_t.device)
+        with self.base() as unet:
+            prediction = unet(x_t[rows], t[rows], self.context(captions).to(x_t))
+        return target.index_copy(0, rows, prediction.float())
 
 
 class TrainedText(nn.Module):

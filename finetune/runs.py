@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune.memory import checkpoint_activations, estimate_memory, peak_memory
 from finetune.options import to_toml
 from finetune.report import report, summary
 from sdkit.attention import Transformer2DModel
+from sdkit.errors import ConfigError
 from sdkit.image import grid
 from sdkit.layers import ResnetBlock2D
 from sdkit.pipeline import StableDiffusion
@@ -72,6 +74,8 @@ class Student:
     """Called before sample sheets are drawn."""
     rate_factor: Callable[[str], float] = lambda name: 1.0
     """Of a parameter's learning rate, by the name that it has in `DiffusionLoss`."""
+    base: Callable[[], AbstractContextManager[nn.Module]] | None = None
+    """Inside it the model is as before training, and it gives the UNet (see `DiffusionLoss`); None: cannot be had."""
     about: Mapping[str, str] = field(default_factory=dict[str, str])
     """Lines of the summary."""
 
@@ -90,6 +94,8 @@ def teach(
 
     dtypes: of the networks, by accelerate's mixed_precision. Raises ConfigError and CheckpointError before it starts.
     """
+    if loss_config.prior_target == "base" and data_config.class_data is None:
+        raise ConfigError("prior_target: expected a class_data with base, the pictures that it is asked about")
     accelerator = make_accelerator(config)
     sd = load_model(model.model, accelerator.device, dtypes[accelerator.mixed_precision])
     with accelerator.main_process_first():
@@ -104,7 +110,7 @@ def teach(
     latents = LatentCache(sd.vae, cache)
     text = student.text or TextCache(sd.tokenizer, sd.text_encoder, cache, model.clip_skip)
     fill_caches(latents, text, data, accelerator)
-    loss = DiffusionLoss(sd.unet, text, sd.schedule, loss_config)
+    loss = DiffusionLoss(sd.unet, text, sd.schedule, loss_config, student.base)
     if student.beside is not None:
         loss.add_module("beside", student.beside)
     about = _summary(sd, loss, student, data, config, model, accelerator.num_processes)

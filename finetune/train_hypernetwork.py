@@ -8,13 +8,14 @@ keeps them from it is the default here: first weights that change nothing, a rat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from finetune.adapters import freeze
 from finetune.data import DataConfig
 from finetune.hypernetwork import Hypernetwork
-from finetune.hypernetwork_chain import add_hypernetwork
+from finetune.hypernetwork_chain import add_hypernetwork, without_hypernetworks
 from finetune.loop import TrainConfig
 from finetune.losses import LossConfig
 from finetune.options import command
@@ -73,7 +74,8 @@ def main(
     def adapt(sd: StableDiffusion, _: object) -> Student:
         network = hypernetwork(sd, options)
         network.facts |= {"name": model.output.name, "sd_checkpoint_name": Path(model.model).stem}
-        return Student((FILE,), lambda folder: network.save(folder / FILE), beside=network)
+        base = partial(without_hypernetworks, sd)
+        return Student((FILE,), lambda folder: network.save(folder / FILE), beside=network, base=base)
 
     teach(adapt, options, model, data, loss, config, sampling)
 

@@ -8,9 +8,11 @@ killed run goes on. Runs on several GPUs as ``accelerate launch -m finetune.trai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+from finetune.adapters import without_adapters
 from finetune.data import DataConfig
 from finetune.loop import TrainConfig
 from finetune.lora import add_lora, save_lora
@@ -65,6 +67,7 @@ def main(
             (FILE,),
             lambda folder: save_lora(sd, folder / FILE, lora.format),
             TrainedText(sd.tokenizer, sd.text_encoder, model.clip_skip) if lora.train_text_encoder else None,
+            base=partial(without_adapters, sd),
             rate_factor=lambda name: text_factor if name.startswith("context.") else 1.0,
         )
 

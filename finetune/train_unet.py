@@ -7,7 +7,10 @@ Weights stay in float32; under mixed precision the layers compute in half precis
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +25,7 @@ from finetune.options import command
 from finetune.runs import ModelConfig, SampleConfig, Student, teach
 from finetune.sites import sites_of
 from sdkit.pipeline import StableDiffusion
+from sdkit.unet import UNet2DConditionModel
 
 FOLDER = "model"
 FULL = {"no": torch.float32, "fp16": torch.float32, "bf16": torch.float32}
@@ -56,7 +60,10 @@ def main(
 
     def adapt(sd: StableDiffusion, _: object) -> Student:
         unfreeze(sd, options)
-        return Student((FOLDER,), lambda folder: sd.save_pretrained(folder / FOLDER))
+        base = untrained(sd.unet) if loss.prior_target == "base" else None
+        return Student(
+            (FOLDER,), lambda folder: sd.save_pretrained(folder / FOLDER), base=base and partial(nullcontext, base)
+        )
 
     teach(adapt, options, model, data, loss, config, sampling, FULL)
 
@@ -68,6 +75,12 @@ def unfreeze(sd: StableDiffusion, options: UNetOptions) -> None:
     freeze(sd)
     for module in [sd.unet] if targets == "all" else [sd.unet.get_submodule(site.path) for site in chosen]:
         module.requires_grad_(True)
+
+
+def untrained(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy that stays as it is. It shares what does not train."""
+    shared = {id(p): p for p in unet.parameters() if not p.requires_grad}
+    return copy.deepcopy(unet, shared).requires_grad_(False)
 
 
 app = command(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import finetune
-from finetune.adapters import is_merged, layers
+from finetune.adapters import is_merged, layers, without_adapters
 from finetune.formats import write_lora
 from finetune.lora import match_targets
 from sdkit.errors import ConfigError
@@ -187,3 +187,23 @@ def test_one_that_is_loaded_to_go_on_training_is_all_that_trains(files: dict[str
     trains = {n: p.requires_grad for m in (sd.unet, sd.vae, sd.text_encoder) for n, p in m.named_parameters()}
     assert all(trains[name] == (".dora" in name) for name in trains)
     assert sum(trains.values()) == 3 * finetune.list_adapters(sd)["dora"].modules
+
+
+def test_switched_off_for_a_while_is_the_model_alone(sd: StableDiffusion, base: torch.Tensor, files: dict[str, Path]):
+    for name in ("whole", "part"):
+        finetune.load_lora(sd, files[name], name=name)
+    finetune.disable(sd, "part")
+    finetune.add_lora(sd, 2, name="trains")
+    with torch.no_grad():
+        for _, _, layer in layers(sd):
+            if "trains" in layer.lora_B:
+                layer.lora_B["trains"].weight.fill_(0.1)
+    adapted, trains = latents(sd), [p.requires_grad for p in sd.unet.parameters()]
+    with pytest.raises(KeyError), without_adapters(sd) as unet:
+        assert unet is sd.unet and torch.equal(latents(sd), base)
+        raise KeyError
+    assert not torch.allclose(adapted, base, atol=1e-3) and torch.equal(latents(sd), adapted)
+    assert [p.requires_grad for p in sd.unet.parameters()] == trains and True in trains and False in trains
+    assert {n: a.enabled for n, a in finetune.list_adapters(sd).items()} == {
+        "whole": True, "part": False, "trains": True
+    }  # fmt: skip

@@ -384,6 +384,8 @@ def test_the_prior_class_is_half_and_weighted(folder: Path, tmp_path: Path):
     batches = [data.batch(n, cache) for n in range(data.batches_per_epoch)]
     weights = Counter((b.captions[0] == "a cup", float(b.weights[0])) for b in batches)
     assert weights == {(True, 0.25): 9, (False, 1.0): 9}
+    for b in batches:
+        assert b.prior.tolist() == [c == "a cup" for c in b.captions]
     for i in range(2, 12):
         paint(tmp_path / "class" / f"c{i}.png", seed=10 + i)
     shown = Counter((p.is_prior, p.digest) for p in dataset(folder, config).samples)

@@ -18,6 +18,7 @@ from finetune.hypernetwork_chain import (
     load_hypernetwork,
     remove_hypernetworks,
     set_multiplier,
+    without_hypernetworks,
 )
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.pipeline import StableDiffusion
@@ -241,3 +242,13 @@ def test_the_public_names_and_the_entry_point_are_there() -> None:
     for point in entry_points(group="sdkit.adapters"):
         assert callable(point.load()), point.name
     assert {point.name for point in entry_points(group="sdkit.adapters")} >= {"lora", "convert_lora", "hypernetwork"}
+
+
+def test_switched_off_for_a_while_is_the_model_alone(sd: StableDiffusion, base: Tensor, files: Path):
+    load_hypernetwork(sd, files / "ink.pt")
+    list_hypernetworks(sd)["ink"].train()  # in training its multiplier does not count
+    changed = latents(sd)
+    with pytest.raises(KeyError), without_hypernetworks(sd) as unet:
+        assert unet is sd.unet and torch.equal(latents(sd), base)
+        raise KeyError
+    assert not torch.allclose(changed, base, atol=1e-3) and torch.equal(latents(sd), changed)

@@ -1,6 +1,9 @@
 """The loss of a noise predictor: against diffusers' training loop, the paper's weights, and statistics of the noise."""
 
 import math
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +39,8 @@ def context(captions: list[str]) -> Tensor:
 def batch(size: int = 6, weights: list[float] | None = None) -> Batch:
     latents = torch.randn(size, 4, 8, 6, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(100 + i) for i in range(size)]
-    return Batch(latents, [f"{'x' * i}" for i in range(size)], torch.tensor(weights or [1.0] * size), generators)
+    captions, prior = ["x" * i for i in range(size)], torch.zeros(size, dtype=torch.bool)
+    return Batch(latents, captions, torch.tensor(weights or [1.0] * size), prior, generators)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -152,3 +156,66 @@ def test_a_trained_text_encoder_gets_gradients(monkeypatch: pytest.MonkeyPatch):
     assert encoder.weight.grad is not None and {n for n, _ in loss.named_parameters()} == {
         "unet.scale", "context.text_encoder.weight",
     }  # fmt: skip
+
+
+def with_prior(given: Batch, rows: list[int]) -> Batch:
+    return replace(given, prior=torch.tensor([i in rows for i in range(len(given.captions))]))
+
+
+def test_prior_samples_have_the_bases_prediction_as_their_target():
+    schedule, net, weights = NoiseSchedule(), Net(), [1.0, 0.5, 1.0, 0.5, 0.5, 2.0]
+    rows, inside = [1, 3, 4], False
+
+    @contextmanager
+    def base() -> Generator[nn.Module]:
+        nonlocal inside
+        held, inside, net.scale.data = net.scale.data.clone(), True, torch.tensor(0.2)
+        yield net
+        net.scale.data, inside = held, False
+
+    def text(captions: list[str]) -> Tensor:
+        return context(captions) + (1.0 if inside else 0.0)
+
+    config = LossConfig(prior_target="base", snr_gamma=5.0)
+    found = DiffusionLoss(net, text, schedule, config, base)(with_prior(batch(weights=weights), rows))
+    found.backward()
+
+    given = batch(weights=weights)
+    t, noise = draw_noise(given.latents.shape, given.generators, 1000)
+    acp = schedule.alphas_cumprod[t].float()[:, None, None, None]
+    x_t, states = acp.sqrt() * given.latents + (1 - acp).sqrt() * noise, context(given.captions)
+    scale = torch.tensor(0.7, requires_grad=True)
+
+    def predicted(scale: Tensor, states: Tensor) -> Tensor:
+        return scale * x_t + 1e-3 * t[:, None, None, None] + states.mean((1, 2))[:, None, None, None]
+
+    is_prior = torch.tensor([i in rows for i in range(6)])[:, None, None, None]
+    target = torch.where(is_prior, predicted(torch.tensor(0.2), states + 1), noise)
+    error = (predicted(scale, states) - target).square().mean((1, 2, 3))
+    expected = (error * given.weights * min_snr_weight(schedule, t, 5.0).float()).mean()
+    expected.backward()
+    assert torch.allclose(found, expected, rtol=1e-5) and torch.allclose(net.scale.grad, scale.grad, rtol=1e-4)
+
+
+def test_what_has_not_changed_gets_no_gradient_from_prior_samples():
+    """Else the base's own error would move it: the noise, as the target of the same samples, does."""
+    grads = {}
+    for kind in ("base", "picture"):
+        net = Net()
+        loss = DiffusionLoss(net, context, NoiseSchedule(), LossConfig(prior_target=kind), lambda n=net: nullcontext(n))
+        loss(with_prior(batch(), list(range(6)))).backward()
+        grads[kind] = float(net.scale.grad)
+    assert grads["base"] == 0 and abs(grads["picture"]) > 0.01
+
+
+def test_without_prior_samples_the_base_is_not_asked():
+    def base() -> AbstractContextManager[nn.Module]:
+        raise AssertionError("asked")
+
+    losses = [
+        DiffusionLoss(Net(), context, NoiseSchedule(), LossConfig(prior_target=kind), base)(batch()).item()
+        for kind in ("base", "picture")
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(ConfigError, match="prior_target: expected picture"):
+        DiffusionLoss(Net(), context, NoiseSchedule(), LossConfig(prior_target="base"))

@@ -54,7 +54,10 @@ def pictures(tmp_path: Path) -> Path:
 def batch(captions: Sequence[str] = CAPTIONS, seed: int = 0) -> Batch:
     """Latents, and the same noise at every call."""
     latents = draw("latents", (len(captions), 4, 8, 8)).float()
-    return Batch(latents, list(captions), torch.ones(len(captions)), [seeded(seed, i) for i in range(len(captions))])
+    generators = [seeded(seed, i) for i in range(len(captions))]
+    return Batch(
+        latents, list(captions), torch.ones(len(captions)), torch.zeros(len(captions), dtype=torch.bool), generators
+    )
 
 
 def word_for(sd: StableDiffusion, count: int = 2, max_norm: float | None = None) -> LearnedWord:

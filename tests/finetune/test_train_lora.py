@@ -1,5 +1,7 @@
 """The training script, from a folder of pictures to a LoRA; its options and its TOML file."""
 
+import importlib
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -166,6 +168,34 @@ def test_help_has_every_option_in_its_panel():
     kinds = (LoraModel, LoraOptions, DataConfig, LossConfig, TrainConfig, SampleConfig)
     for name in [f.name for kind in kinds for f in fields(kind)] + ["config"]:
         assert f"--{name.replace('_', '-')} " in shown, name
+
+
+# What the prior class is held to
+
+
+@pytest.mark.parametrize("name", ["lora", "hypernetwork", "unet"])
+def test_under_the_bases_own_target_prior_pictures_cost_nothing_at_first(name: str, pictures: Path, tmp_path: Path):
+    """And with the pictures as target they do, so that the base was really asked, by every script."""
+    program = importlib.import_module(f"finetune.train_{name}").app
+    shutil.copytree(pictures, tmp_path / "class")
+    losses: dict[str, list[float]] = {}
+    for kind in ("base", "picture"):
+        output = tmp_path / kind
+        call(
+            ("--data", pictures, "--class-data", tmp_path / "class", "--prior-loss-weight", 1e9, "--prior-target", kind,
+             "--output", output, "--max-train-steps", 3, "--num-validation-images", 0, "--train-batch-size", 4,
+             "--learning-rate", 1e-3, "--lr-warmup-steps", 0, "--logging-steps", 1), program,
+        )  # fmt: skip
+        rows = (output / "losses.csv").read_text().splitlines()[1:]
+        losses[kind] = [float(row.split(",")[1]) for row in rows]
+        toy.forget_accelerate()
+    assert losses["base"][0] < 10 < 1e6 < min(losses["picture"])
+    assert losses["base"][-1] > 100  # it has changed since, and is told
+
+
+def test_the_bases_own_target_needs_prior_pictures(pictures: Path, tmp_path: Path):
+    options = ("--data", pictures, "--output", tmp_path / "run", "--prior-target", "base")
+    assert "prior_target: expected a class_data" in call(options, status=1)
 
 
 # Options

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from finetune.checkpoints import load_state, saved_states
-from finetune.train_unet import UNetModel, UNetOptions, app, unfreeze
+from finetune.train_unet import UNetModel, UNetOptions, app, unfreeze, untrained
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError
 from tests.finetune import toy
@@ -51,6 +51,19 @@ def test_all_is_every_weight_and_a_name_without_a_layer_is_an_error():
     assert not any(p.requires_grad for part in (sd.vae, sd.text_encoder) for p in part.parameters())
     with pytest.raises(ConfigError, match="to_x"):
         unfreeze(sd, UNetOptions(("to_k", "to_x")))
+
+
+def test_the_untrained_copy_stays_and_shares_what_is_frozen():
+    sd = model()
+    unfreeze(sd, UNetOptions(("attention",)))
+    base, before = untrained(sd.unet), {name: p.clone() for name, p in sd.unet.named_parameters()}
+    with torch.no_grad():
+        for p in sd.unet.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in base.named_parameters())
+    for (name, p), q in zip(sd.unet.named_parameters(), base.parameters(), strict=True):
+        assert (p is q) != p.requires_grad, name
 
 
 def test_help_has_every_option_in_its_panel():

@@ -47,6 +47,9 @@ class LoraOptions:
     init: Annotated[Literal["kaiming", "gaussian"], "How the first matrix is drawn; the second is zero."] = "kaiming"
     train_text_encoder: Annotated[bool, "Adapt the text encoder too."] = False
     text_encoder_lr: Annotated[float | None, "Its learning rate (default: the UNet's)."] = None
+    loraplus_lr_ratio: Annotated[float, "Learning rate of the second matrices over the first's (arXiv 2402.12354)."] = (
+        1.0
+    )
     format: Annotated[Literal["diffusers", "kohya", "peft"], "Format of the file."] = "diffusers"
 
 
@@ -68,10 +71,16 @@ def main(
             lambda folder: save_lora(sd, folder / FILE, lora.format),
             TrainedText(sd.tokenizer, sd.text_encoder, model.clip_skip) if lora.train_text_encoder else None,
             base=partial(without_adapters, sd),
-            rate_factor=lambda name: text_factor if name.startswith("context.") else 1.0,
+            rate_factor=partial(rate_factor, lora=lora, text_factor=text_factor),
         )
 
     teach(adapt, lora, model, data, loss, config, sampling)
+
+
+def rate_factor(name: str, lora: LoraOptions, text_factor: float) -> float:
+    """On the learning rate of a parameter by its name in `DiffusionLoss`."""
+    factor = text_factor if name.startswith("context.") else 1.0
+    return factor * lora.loraplus_lr_ratio if ".lora_B." in name else factor
 
 
 def add_adapter(sd: StableDiffusion, lora: LoraOptions) -> None:

@@ -37,7 +37,7 @@ DOCS = Path("docs")
 START, END = "<!-- comparison -->", "<!-- /comparison -->"
 PICTURES, PRIOR = 24, 400
 STEPS, PARTS = 1600, 4
-GUIDANCE, SAMPLING_STEPS, SEED = 2.5, 20, 20_000
+GUIDANCE, SAMPLING_STEPS, SAMPLER, SEED = 2.5, 20, "dpmpp_2m", 20_000
 SHOWN = (
     "a striped red zorb on a white table", "a striped blue zorb", "a photo of a striped green zorb on a wooden table",
     "a striped yellow zorb and a red cube", "a red cube on a white table", "a large shiny blue sphere",
@@ -59,13 +59,13 @@ class Way:
     """Whether the base's pictures stand beside the concept's."""
 
 
-COMMON = ("--train-batch-size", "16", "--random-flip", "--lr-scheduler", "cosine", "--lr-warmup-steps", "50",
+COMMON = ("--train-batch-size", "8", "--random-flip", "--lr-scheduler", "cosine", "--lr-warmup-steps", "50",
           "--num-validation-images", "0")  # fmt: skip
 AVERAGE = ("--ema-decay", "0.99")
 
 
 def lora(rank: int, *more: str) -> tuple[str, ...]:
-    return ("--rank", str(rank), "--learning-rate", "1e-2", *AVERAGE, *more)
+    return ("--rank", str(rank), "--learning-rate", "1e-3", "--loraplus-lr-ratio", "16", *AVERAGE, *more)
 
 
 WAYS = (
@@ -73,7 +73,7 @@ WAYS = (
     Way("LoRA, rank 2", "train_lora", "lora.safetensors", lora(2)),
     Way("LoRA, rank 32", "train_lora", "lora.safetensors", lora(32)),
     Way("LoRA, rank 8, all layers", "train_lora", "lora.safetensors",
-        lora(8, "--targets", "all", "--learning-rate", "3e-3")),
+        lora(8, "--targets", "all", "--learning-rate", "3e-4")),
     Way("hypernetwork", "train_hypernetwork", "hypernetwork.pt", ("--learning-rate", "1e-3", *AVERAGE)),
     Way("full cross-attention", "train_unet", "model", ("--learning-rate", "1e-3", *AVERAGE)),
     Way("textual inversion", "train_textual_inversion", "zorb.safetensors",
@@ -122,7 +122,7 @@ def train(way: Way, seed: int, steps: int, work: Path) -> float:
                "--checkpointing-steps", str(steps // PARTS), "--checkpoints-total-limit", str(PARTS), "--cache-dir",
                str(work / "cache"), *COMMON, *way.options]  # fmt: skip
     if way.remembers:
-        command += ["--class-data", str(work / "prior")]
+        command += ["--class-data", str(work / "prior"), "--prior-target", "base"]
     started = time.monotonic()
     subprocess.run(command, check=True)
     return time.monotonic() - started
@@ -150,8 +150,8 @@ def nbytes(path: Path) -> int:
 
 def measure(sd: StableDiffusion, prompts: Sequence[str]) -> dict[str, float]:
     """What pictures of the concept's prompts and of the base's own show, in per cent."""
-    shares = measure_concept(sd, load_concept_probe(), prompts, SEED, GUIDANCE, SAMPLING_STEPS)
-    base = base_accuracy(sd, load_probe(), SEED, GUIDANCE, SAMPLING_STEPS)
+    shares = measure_concept(sd, load_concept_probe(), prompts, SEED, GUIDANCE, SAMPLING_STEPS, SAMPLER)
+    base = base_accuracy(sd, load_probe(), SEED, GUIDANCE, SAMPLING_STEPS, SAMPLER)
     found = {"concept": shares["concept"], "zorb": shares["zorb"], "striped": shares["striped"],
              "in_its_color": shares["concept in its colour"], "base": base}  # fmt: skip
     return {name: round(value, 3) for name, value in found.items()}  # whole pictures of 100, out of float32
@@ -214,7 +214,12 @@ def sheet(work: Path) -> Image.Image:
     texts: list[str] = []
     for name, sd in models.items():
         images = sd.text_to_image(
-            list(SHOWN), seed=1, num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE, progress=False
+            list(SHOWN),
+            seed=1,
+            num_inference_steps=SAMPLING_STEPS,
+            guidance_scale=GUIDANCE,
+            sampler=SAMPLER,
+            progress=False,
         ).images
         pictures += [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
         texts += [f"{name}: {SHOWN[0]}", *SHOWN[1:]]

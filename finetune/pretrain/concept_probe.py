@@ -113,7 +113,13 @@ def concept_accuracy(probe: ConceptProbe, count: int = 2048) -> dict[str, float]
 
 
 def measure_concept(
-    sd: StableDiffusion, probe: ConceptProbe, prompts: Sequence[str], seed: int, guidance: float, steps: int
+    sd: StableDiffusion,
+    probe: ConceptProbe,
+    prompts: Sequence[str],
+    seed: int,
+    guidance: float,
+    steps: int,
+    sampler: str | None = None,
 ) -> dict[str, float]:
     """What pictures of ``concept_prompts`` show, in per cent of the prompts.
 
@@ -123,7 +129,7 @@ def measure_concept(
     seen: dict[str, list[Tensor]] = {name: [] for name in HEADS}
     for start in tqdm(range(0, len(prompts), BATCH), leave=False, mininterval=5.0):
         images = sd.text_to_image(
-            list(prompts[start : start + BATCH]), num_inference_steps=steps, guidance_scale=guidance,
+            list(prompts[start : start + BATCH]), num_inference_steps=steps, guidance_scale=guidance, sampler=sampler,
             seed=seed + start, output_type="pt", progress=False,
         ).images  # fmt: skip
         for name, values in see(probe, to_bytes(images) / 127.5 - 1).items():
@@ -139,11 +145,19 @@ def measure_concept(
     return {name: 100 * float(values.float().mean()) for name, values in shares.items()}
 
 
-def base_accuracy(sd: StableDiffusion, probe: Probe, seed: int, guidance: float, steps: int, count: int = 100) -> float:
+def base_accuracy(
+    sd: StableDiffusion,
+    probe: Probe,
+    seed: int,
+    guidance: float,
+    steps: int,
+    sampler: str | None = None,
+    count: int = 100,
+) -> float:
     """How often one object of the base's own prompts has its colour and shape, in per cent, as the model card."""
     scenes = sample_scenes(count, PROMPT_SEED, counts=(1.0, 0.0, 0.0))
     prompts = captions(scenes, PROMPT_SEED)
-    return single(prompts, scenes, draw(sd, probe, prompts, seed, guidance, steps))["colour and shape right"]
+    return single(prompts, scenes, draw(sd, probe, prompts, seed, guidance, steps, sampler))["colour and shape right"]
 
 
 def load_concept_probe(file: Path = WEIGHTS) -> ConceptProbe:

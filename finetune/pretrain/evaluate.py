@@ -54,7 +54,13 @@ START, END = "<!-- results -->", "<!-- /results -->"
 
 
 def draw(
-    sd: StableDiffusion, probe: Probe, prompts: Sequence[str], seed: int, guidance: float, steps: int
+    sd: StableDiffusion,
+    probe: Probe,
+    prompts: Sequence[str],
+    seed: int,
+    guidance: float,
+    steps: int,
+    sampler: str | None = None,
 ) -> list[Verdict]:
     """What the probe sees in a picture of each prompt; the pictures' seeds start at ``seed``."""
     verdicts: list[Verdict] = []
@@ -64,6 +70,7 @@ def draw(
             part,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            sampler=sampler,
             seed=seed + start,
             output_type="pt",
             progress=False,

@@ -27,10 +27,11 @@ from finetune.loop import TrainConfig
 from finetune.losses import LossConfig
 from finetune.options import command, to_toml
 from finetune.runs import RECOMPUTED, SampleConfig, make_class_pictures
-from finetune.train_lora import LoraModel, LoraOptions, app
+from finetune.train_lora import LoraModel, LoraOptions, add_adapter, app, rate_factor
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError, SDKitError
 from tests.finetune import toy
+from tests.finetune.tiny import model
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--max-train-steps", "3", "--num-inference-steps", "2", "--num-validation-images", "1", "--logging-steps", "1")
@@ -85,7 +86,8 @@ def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
 def test_the_written_config_makes_the_run_again(pictures: Path, tmp_path: Path):
     options = (
         "--data", pictures, *QUICK, "--num-validation-images", 0, "--ema-decay", 0.5, "--train-text-encoder",
-        "--text-encoder-lr", 1e-3, "--targets", "to_k", "--targets", "v_proj", "--caption-dropout", 0.5,
+        "--text-encoder-lr", 1e-3, "--loraplus-lr-ratio", 4, "--targets", "to_k", "--targets", "v_proj",
+        "--caption-dropout", 0.5,
     )  # fmt: skip
     rates: set[float] = set()
     hook = register_optimizer_step_pre_hook(lambda o, *_: rates.update(group["lr"] for group in o.param_groups))
@@ -93,7 +95,7 @@ def test_the_written_config_makes_the_run_again(pictures: Path, tmp_path: Path):
         call((*options, "--output", tmp_path / "a"))
     finally:
         hook.remove()
-    assert sorted(rates) == pytest.approx([1e-4, 1e-3])
+    assert sorted(rates) == pytest.approx([1e-4, 4e-4, 1e-3, 4e-3])
     toy.forget_accelerate()
     call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--max-train-steps", 2))
     toy.forget_accelerate()
@@ -104,6 +106,17 @@ def test_the_written_config_makes_the_run_again(pictures: Path, tmp_path: Path):
     assert not (tmp_path / "a" / "samples").exists()
     values = [tomllib.loads((tmp_path / run / "config.toml").read_text()) for run in "ab"]
     assert values[0] | {"output": ""} == values[1] | {"output": ""} and values[0]["targets"] == ["to_k", "v_proj"]
+
+
+def test_the_second_matrices_may_learn_faster():
+    sd = model()
+    add_adapter(sd, LoraOptions(loraplus_lr_ratio=16.0, train_text_encoder=True))
+    for network, factor in ((sd.unet, 1.0), (sd.text_encoder, 0.5)):
+        place = "unet" if network is sd.unet else "context.text_encoder"
+        names = [name for name, p in network.named_parameters() if p.requires_grad]
+        found = [rate_factor(f"{place}.{name}", LoraOptions(loraplus_lr_ratio=16.0), 0.5) for name in names]
+        assert found == [factor * (16 if name.endswith("lora_B.default.weight") else 1) for name in names]
+        assert found.count(factor) == found.count(16 * factor) == len(found) / 2 > 0
 
 
 def test_options_reach_what_they_are_for(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,7 @@ DOCS = Path("docs")
 START, END = "<!-- comparison -->", "<!-- /comparison -->"
 PICTURES, PRIOR = 24, 400
 STEPS, PARTS = 1600, 4
-GUIDANCE, SAMPLING_STEPS, SAMPLER, SEED = 2.5, 20, "dpmpp_2m", 20_000
+GUIDANCE, SAMPLING_STEPS, SAMPLER, SEED = 3.5, 20, "dpmpp_2m", 20_000
 SHOWN = (
     "a striped red zorb on a white table", "a striped blue zorb", "a photo of a striped green zorb on a wooden table",
     "a striped yellow zorb and a red cube", "a red cube on a white table", "a large shiny blue sphere",

@@ -81,9 +81,8 @@ class Hypernetwork(nn.Module):
     layer_structure: sizes of the networks' layers over the width, from 1 to 1.
     activation_func: after every layer but the last; a key of ``ACTIVATIONS``.
     weight_initialization: "Normal" is A1111's: weights of deviation 0.01. The others of its names draw those of the
-        linear layers by He's or Glorot's rule. "Zero" is "KaimingNormal" with zeros in the last layer: the model is
-        unchanged at first, as with a new LoRA, and what the last layer weighs is not small. Biases are zero. Drawn from
-        torch's global generator.
+        linear layers by He's or Glorot's rule. "Zero" is "Normal" with zeros in the last layer: the model is unchanged
+        at first, as with a new LoRA. Biases are zero. Drawn from torch's global generator.
     is_layer_norm: norm after every layer; its weights too start near 0.
     activate_output: the activation after the last layer as well.
     dropout_structure: for each entry of ``layer_structure`` the share that training drops there; the first, the
@@ -179,7 +178,6 @@ def _initialize(linear: nn.Sequential, initialization: str) -> None:
         "XavierNormal": nn.init.xavier_normal_,
         "KaimingUniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
         "KaimingNormal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
-        "Zero": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
     }
     normal = partial(nn.init.normal_, std=0.01)
     weighted = [layer for layer in linear if isinstance(layer, nn.Linear | nn.LayerNorm)]

@@ -164,7 +164,7 @@ def test_first_weights():
     """A1111's: deviation 0.01, or He's and Glorot's rule; norms' weights 0.01 always; biases 0."""
     width, wide = 200, 400
     expected = {
-        "Zero": (2 / width) ** 0.5, "Normal": 0.01, "XavierUniform": (2 / (width + wide)) ** 0.5,
+        "Zero": 0.01, "Normal": 0.01, "XavierUniform": (2 / (width + wide)) ** 0.5,
         "XavierNormal": (2 / (width + wide)) ** 0.5, "KaimingUniform": (2 / width) ** 0.5,
         "KaimingNormal": (2 / width) ** 0.5,
     }  # fmt: skip

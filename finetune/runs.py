@@ -97,6 +97,8 @@ def teach(
     if loss_config.prior_target == "base" and data_config.class_data is None:
         raise ConfigError("prior_target: expected a class_data with base, the pictures that it is asked about")
     accelerator = make_accelerator(config)
+    if loss_config.prior_target == "base" and accelerator.is_fsdp2:  # which waits until all processes ask
+        raise ConfigError("prior_target: expected picture under FSDP, found base")
     sd = load_model(model.model, accelerator.device, dtypes[accelerator.mixed_precision])
     with accelerator.main_process_first():
         make_class_pictures(sd, data_config)

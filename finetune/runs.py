@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -196,8 +196,9 @@ def _summary(
 ) -> str:
     trained = [p for p in loss.parameters() if p.requires_grad]
     activations = _activation_bytes(sd, loss, student, data, RECOMPUTED if model.gradient_checkpointing else ())
-    everything = nn.ModuleList([loss, sd.vae, sd.text_encoder])  # counts what is in two of them once
-    memory = estimate_memory([everything], activations, config.ema_decay is not None)
+    with nullcontext(sd.unet) if loss.base is None else loss.base() as base:
+        everything = nn.ModuleList([loss, base, sd.vae, sd.text_encoder])  # counts what is in two of them once
+        memory = estimate_memory([everything], activations, config.ema_decay is not None)
     networks = f"{model.model}, {str(sd.dtype).removeprefix('torch.')}, {sd.schedule.prediction_type}"
     return summary({"model": networks, **student.about}, trained, data, config, memory, model.output, world)
 

@@ -192,17 +192,20 @@ def test_under_the_bases_own_target_prior_pictures_cost_nothing_at_first(name: s
     program = importlib.import_module(f"finetune.train_{name}").app
     shutil.copytree(pictures, tmp_path / "class")
     losses: dict[str, list[float]] = {}
+    frozen: dict[str, str] = {}
     for kind in ("base", "picture"):
         output = tmp_path / kind
-        call(
+        printed = call(
             ("--data", pictures, "--class-data", tmp_path / "class", "--prior-loss-weight", 1e9, "--prior-target", kind,
              "--output", output, "--max-train-steps", 3, "--num-validation-images", 0, "--train-batch-size", 4,
              "--learning-rate", 1e-3, "--lr-warmup-steps", 0, "--logging-steps", 1), program,
         )  # fmt: skip
+        frozen[kind] = printed.split("(frozen ")[1].split(",")[0]
         rows = (output / "losses.csv").read_text().splitlines()[1:]
         losses[kind] = [float(row.split(",")[1]) for row in rows]
         toy.forget_accelerate()
     assert losses["base"][0] < 10 < 1e6 < min(losses["picture"])
+    assert (frozen["base"] != frozen["picture"]) == (name == "unet")  # which keeps a copy of what it trains
     assert losses["base"][-1] > 100  # it has changed since, and is told
 
 

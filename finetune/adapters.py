@@ -123,14 +123,14 @@ def disable(sd: StableDiffusion, name: str | None = None) -> None:
 @contextmanager
 def without_adapters(sd: StableDiffusion) -> Generator[UNet2DConditionModel]:
     """Inside the block no adapter runs, none of which may be merged; gives the UNet. Which of them train stays."""
-    found = [layer for _, _, layer in layers(sd)]
+    running = [(layer, list(layer.active_adapters)) for _, _, layer in layers(sd)]
     try:
-        for layer in found:
-            layer.switched_off = True
+        for layer, _ in running:
+            layer.activate([])
         yield sd.unet
     finally:
-        for layer in found:
-            layer.switched_off = False
+        for layer, names in running:
+            layer.activate(names)
 
 
 def set_scale(sd: StableDiffusion, scale: float, name: str | None = None) -> None:

@@ -57,15 +57,6 @@ class _LoraLayer(lora.LoraLayer):
         """Its weight, without what is merged."""
         return self.base.weight.detach() if self._kept is None else self._kept
 
-    @property
-    def switched_off(self) -> bool:
-        """Whether the layer computes as without adapters; peft's ``enable_adapters`` changes what trains as well."""
-        return self.disable_adapters
-
-    @switched_off.setter
-    def switched_off(self, value: bool) -> None:
-        self._disable_adapters = value
-
     def activate(self, names: list[str]) -> None:
         """Choose the adapters that run, without the change of what trains that comes with peft's ``set_adapter``."""
         self._active_adapter = names

@@ -19,6 +19,7 @@ from finetune.lora import add_lora, save_lora
 from finetune.losses import LossConfig, TrainedText
 from finetune.options import command
 from finetune.runs import ModelConfig, SampleConfig, Student, teach
+from sdkit.errors import ConfigError
 from sdkit.pipeline import StableDiffusion
 
 FILE = "lora.safetensors"
@@ -51,6 +52,10 @@ class LoraOptions:
         1.0
     )
     format: Annotated[Literal["diffusers", "kohya", "peft"], "Format of the file."] = "diffusers"
+
+    def __post_init__(self) -> None:
+        if not self.loraplus_lr_ratio > 0:
+            raise ConfigError(f"loraplus_lr_ratio: expected a positive number, found {self.loraplus_lr_ratio}")
 
 
 def main(

@@ -90,7 +90,7 @@ def test_the_lora_that_is_on_record_meets_its_bars():
 
 @pytest.mark.slow
 def test_a_lora_teaches_the_concept_and_keeps_the_rest(tmp_path: Path):
-    """The bar itself, trained anew: about 15 minutes on two cores."""
+    """The bar itself, trained anew: about 20 minutes on two cores."""
     unlike = write_concept_folder(tmp_path / "zorb", compare.PICTURES)
     compare.write_prior(tmp_path / "prior")
     compare.train(WAYS[0], 1, STEPS, tmp_path)

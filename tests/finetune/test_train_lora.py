@@ -171,6 +171,7 @@ def test_a_users_mistake_is_an_error_before_anything_starts(pictures: Path, tmp_
     printed = call(("--data", pictures, "--output", tmp_path / "run"), status=1)
     assert "2 problems with the training data" in printed and "a.png: no caption" in printed and "b.png" in printed
     assert not (tmp_path / "run").exists()
+    assert "loraplus_lr_ratio: expected a positive" in call(("--data", pictures, "--loraplus-lr-ratio", 0), status=1)
     assert "caption_dropout: expected a share" in call(("--data", pictures, "--caption-dropout", 2), status=1)
 
 
@@ -209,9 +210,13 @@ def test_under_the_bases_own_target_prior_pictures_cost_nothing_at_first(name: s
     assert losses["base"][-1] > 100  # it has changed since, and is told
 
 
-def test_the_bases_own_target_needs_prior_pictures(pictures: Path, tmp_path: Path):
+def test_the_bases_own_target_needs_prior_pictures_and_no_fsdp(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     options = ("--data", pictures, "--output", tmp_path / "run", "--prior-target", "base")
     assert "prior_target: expected a class_data" in call(options, status=1)
+    monkeypatch.setattr("finetune.runs.make_accelerator", lambda config: SimpleNamespace(is_fsdp2=True))
+    assert "expected picture under FSDP" in call((*options, "--class-data", pictures), status=1)
 
 
 # Options

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from finetune.whitening import Whitening, measure_contexts
 from sdkit.errors import CheckpointError, ConfigError, one_line
 from sdkit.weights import existing_file, give_weights, is_safetensors, read_pickle
 
@@ -46,7 +47,9 @@ _DROPOUT = 0.3  # of every layer inside, where a file only says use_dropout
 
 
 class Residual(nn.Module):
-    """x + multiplier * linear(x) for x [..., width]. Arguments as in `Hypernetwork`."""
+    """x + multiplier * linear(x) for x [..., width], or linear(whitening(x)). Arguments as in `Hypernetwork`."""
+
+    whitening: Whitening | None
 
     def __init__(
         self,
@@ -69,9 +72,18 @@ class Residual(nn.Module):
             if dropout_structure[i] > 0:
                 layers.append(nn.Dropout(dropout_structure[i]))
         self.linear = nn.Sequential(*layers)
+        self.whitening = None
 
     def forward(self, x: Tensor, multiplier: float) -> Tensor:
-        return x + multiplier * self.linear(x)
+        return x + multiplier * self.linear(x if self.whitening is None else self.whitening(x))
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """What A1111 knows, float32, on the CPU: ``linear`` with the whitening folded into its first layer."""
+        state = {key: value.float().cpu() for key, value in self.state_dict().items()}
+        if self.whitening is not None:
+            first = ("linear.0.weight", "linear.0.bias")
+            state |= zip(first, self.whitening.folded(*(state[key] for key in first)), strict=True)
+        return {key: value.contiguous() for key, value in state.items()}
 
 
 class Hypernetwork(nn.Module):
@@ -147,6 +159,16 @@ class Hypernetwork(nn.Module):
         changed = for_k(k.to(self.dtype), multiplier), for_v(v.to(self.dtype), multiplier)
         return changed[0].to(k.dtype), changed[1].to(v.dtype)
 
+    def whiten(self, see: Callable[[], object], total: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """Let a new network train on whitened contexts (`finetune.whitening`); what it computes changes with that.
+
+        see() runs the model with the network in it, on some batches of its training; total(x) sums x over processes.
+        """
+        pairs = {int(width): cast("Sequence[Residual]", pair) for width, pair in self.layers.items()}
+        for width, whitening in measure_contexts({w: pair[0] for w, pair in pairs.items()}, see, total).items():
+            for residual in pairs[width]:
+                residual.whitening = whitening.to(self.device)
+
     def save(self, path: str | Path) -> None:
         """Write A1111's ``.pt``, in float32, in torch's older form: A1111 refuses the members of newer zip files.
 
@@ -154,7 +176,7 @@ class Hypernetwork(nn.Module):
         """
         content: dict[str | int, Any] = {**self.settings, **self.facts}
         for width, pair in self.layers.items():
-            content[int(width)] = tuple(_plain_state(network) for network in cast("nn.ModuleList", pair))
+            content[int(width)] = tuple(network.plain_state() for network in cast("Sequence[Residual]", pair))
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -165,10 +187,6 @@ class Hypernetwork(nn.Module):
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-
-def _plain_state(network: nn.Module) -> dict[str, Tensor]:
-    return {key: value.float().cpu().contiguous() for key, value in network.state_dict().items()}
 
 
 def _initialize(linear: nn.Sequential, initialization: str) -> None:

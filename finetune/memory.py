@@ -93,7 +93,7 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object], recomputed: tu
     blocks = [block for block in module.modules() if isinstance(block, recomputed)]
     handles = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):  # the buffers
             weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in module.named_parameters()}
             with in_place_of(module, weights), saved_tensors_hooks(note, lambda tensor: tensor):
                 alive.append(forward())  # type: ignore[arg-type]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from PIL import Image
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SEEN = 64  # pictures that a process shows to ``Student.prepare``
 RECOMPUTED = (ResnetBlock2D, Transformer2DModel)  # under gradient checkpointing
 
 
@@ -68,6 +70,9 @@ class Student:
     """Gives captions their contexts where that is learnt; else the text encoder's are computed once."""
     beside: nn.Module | None = None
     """What learns and is no part of the UNet or of ``text``."""
+    prepare: Callable[[Callable[[], None], Callable[[Tensor], Tensor]], None] | None = None
+    """prepare(see, total) is called before training; see() runs the model on the first batches, total(x) sums x over
+    processes."""
     batch: Callable[[Batch], Batch] = lambda batch: batch
     """Applied to every batch."""
     show: Callable[[], None] = lambda: None
@@ -115,6 +120,16 @@ def teach(
     loss = DiffusionLoss(sd.unet, text, sd.schedule, loss_config, student.base)
     if student.beside is not None:
         loss.add_module("beside", student.beside)
+
+    def batches(n: int) -> Batch:
+        return student.batch(data.batch(n, latents))
+
+    def see() -> None:
+        for n in range(math.ceil(SEEN / data_config.train_batch_size)):
+            loss(batches(n))
+
+    if student.prepare is not None:
+        student.prepare(see, lambda x: cast("Tensor", accelerator.reduce(x)))
     about = _summary(sd, loss, student, data, config, model, accelerator.num_processes)
     if accelerator.is_main_process:
         print(about, flush=True)
@@ -125,8 +140,8 @@ def teach(
     prompts = sampling.validation_prompt or tuple(data.captions()[: sampling.num_validation_images])
     started = time.monotonic()
     history = train(
-        accelerator, loss, lambda n: student.batch(data.batch(n, latents)), config, model.output, identity=identity,
-        rate_factor=student.rate_factor, export=student.export,
+        accelerator, loss, batches, config, model.output, identity=identity, rate_factor=student.rate_factor,
+        export=student.export,
         validate=partial(sample_sheet, sd, student, prompts, sampling, model.clip_skip) if prompts else None,
     )  # fmt: skip
     if accelerator.is_main_process:

@@ -2,7 +2,8 @@
 
 Writes OUTPUT/hypernetwork.pt, which A1111 reads too, and beside it the same as `finetune.train_lora`. Hypernetworks are
 known to diverge: everything they do is in series with the text, so one step that is too large ruins all of it. What
-keeps them from it is the default here: first weights that change nothing, a rate that rises slowly, clipped gradients.
+keeps them from it is the default here: first weights that change nothing, whitened contexts, a rate that rises slowly,
+clipped gradients.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class HypernetworkOptions:
     dropout_structure: Annotated[
         tuple[float, ...], "For each entry of layer_structure the share that is dropped (default: nothing)."
     ] = ()
+    whiten: Annotated[bool, "Train on whitened contexts: about three times as fast; the file is a plain one."] = True
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ def main(
     def adapt(sd: StableDiffusion, _: object) -> Student:
         network = hypernetwork(sd, options)
         network.facts |= {"name": model.output.name, "sd_checkpoint_name": Path(model.model).stem}
-        base = partial(without_hypernetworks, sd)
-        return Student((FILE,), lambda folder: network.save(folder / FILE), beside=network, base=base)
+        return Student(
+            (FILE,), lambda folder: network.save(folder / FILE), beside=network,
+            prepare=network.whiten if options.whiten else None, base=partial(without_hypernetworks, sd),
+        )  # fmt: skip
 
     teach(adapt, options, model, data, loss, config, sampling)
 

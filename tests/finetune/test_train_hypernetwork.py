@@ -24,7 +24,7 @@ def test_a_folder_of_pictures_becomes_a_hypernetwork(pictures: Path, tmp_path: P
     output = tmp_path / "fur"
     printed = call(
         ("--data", pictures, "--output", output, *QUICK, "--num-validation-images", 1, "--learning-rate", 0.01,
-         "--gradient-checkpointing", "--checkpointing-steps", 2), app,
+         "--gradient-checkpointing", "--checkpointing-steps", 2, "--no-whiten"), app,
     )  # fmt: skip
     assert f"{4 * (128 * 256) + 2 * (128 + 256):,} parameters in 8 tensors" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/hypernetwork.pt"):
@@ -63,6 +63,9 @@ def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactl
         [128, 160], (1, 0.5, 1), "tanh", "Normal", True, True, (0, 0.2, 0)
     ).settings  # fmt: skip
     assert a.widths == [128, 160] and not (tmp_path / "a" / "samples").exists()
+    average = load_state(saved_states(tmp_path / "a")[-1])["average"]
+    for key, value in a.state_dict().items():  # the whitening lies in the first layer, in each as it trained
+        assert torch.equal(average[f"beside.{key}"], value) == ("linear.0." not in key), key
     toy.forget_accelerate()
     other = ("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "a", "--activation-func", "relu")
     assert "of a run with options HypernetworkOptions(" in call(other, app, status=1)

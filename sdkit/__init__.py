@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdkit.config import UNetConfig, VAEConfig
+    from sdkit.diffusers_compat import accelerate
     from sdkit.pipeline import StableDiffusion
     from sdkit.plan import Plan, make_plan
     from sdkit.schedule import NoiseSchedule
@@ -27,6 +28,7 @@ _HOMES = {
     "NoiseSchedule": "schedule",
     "Plan": "plan",
     "make_plan": "plan",
+    "accelerate": "diffusers_compat",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "UNet2DConditionModel",
     "UNetConfig",
     "VAEConfig",
+    "accelerate",
     "make_plan",
 ]
 

@@ -4,6 +4,8 @@ tests      every kernel against float64, the shipped model on the GPU, bfloat16 
 sanitizer  compute-sanitizer's memcheck and racecheck on small cases, where it is installed
 tune       launch choices for this architecture, written into kernels/sdkernels/tuned/
 kernels    timings beside eager PyTorch and SDPA at the shapes for two samples
+unet       the noise predictor in a sampling step beside diffusers', eager and compiled
+pipeline   from a prompt to its picture beside diffusers', eager and compiled
 training   a LoRA training step beside diffusers + peft, eager and compiled
 compiled   the kernels' timings beside torch.compile (slow: every case is compiled)
 """
@@ -79,16 +81,26 @@ def compiled() -> bool:
     return _timings("compiled", "test_kernels.py", "b2 and (compiled or ours)", 400)
 
 
+def unet() -> bool:
+    """Ours and diffusers'."""
+    return _timings("unet", "test_unet.py", "test_unet", 300)
+
+
+def pipeline() -> bool:
+    """Ours and diffusers'."""
+    return _timings("pipeline", "test_pipeline.py", "test_pipeline", 400)
+
+
 def training() -> bool:
     """Ours and diffusers + peft."""
     return _timings("training", "test_training.py", "test_training", 500)
 
 
 PARTS: dict[str, Callable[[], bool]] = {
-    "tests": tests, "sanitizer": sanitizer, "tune": tune, "kernels": kernels, "training": training,
-    "compiled": compiled,
+    "tests": tests, "sanitizer": sanitizer, "tune": tune, "kernels": kernels, "unet": unet,
+    "pipeline": pipeline, "training": training, "compiled": compiled,
 }  # fmt: skip
-DEFAULT = ["tests", "sanitizer", "tune", "kernels", "training"]
+DEFAULT = ["tests", "sanitizer", "tune", "kernels", "unet", "pipeline", "training"]
 
 
 def main() -> None:

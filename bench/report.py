@@ -86,7 +86,7 @@ def detail(result: dict[str, Any]) -> list[str]:
         low, mid, high = (ours["microseconds"][q] for q in ("20", "50", "80"))
         peers = {k: v["microseconds"]["50"] for k, v in done.items() if k != "ours"}
         shares = ["", ""]
-        if direction == "forward":
+        if direction == "forward" and ours["bytes"]:
             shares[0] = f"{100 * ours['bytes'] / (mid * 1e-6) / result['copy']:.0f} %"
             shares[1] = f"{100 * ours['flops'] / (mid * 1e-6) / rate:.0f} %" if ours["flops"] else ""
         ratio = f"{min(peers.values()) / mid:.2f}" if peers else ""

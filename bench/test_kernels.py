@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sdkernels
-from bench.timing import Ceilings, ceilings, copies, machine, repeated
+from bench.timing import Ceilings, copies, machine, repeated
 from sdkernels import reference
 from sdkernels.registry import OPS, Case, Inputs, OpSpec, bytes_moved
 
@@ -91,11 +91,6 @@ def is_right(spec: OpSpec, inputs: Inputs) -> bool:
     theirs = getattr(reference, spec.name)(**wide)
     pairs = zip(*(o if isinstance(o, tuple) else (o,) for o in (ours, theirs)), strict=True)
     return all(float((a.float() - b).norm()) <= TOLERANCE[DTYPE] * float(b.norm()) for a, b in pairs)
-
-
-@pytest.fixture(scope="session")
-def limits() -> Ceilings:
-    return ceilings(DEVICE)
 
 
 @pytest.mark.parametrize(("spec", "case", "direction", "name"), cases())

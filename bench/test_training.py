@@ -8,8 +8,7 @@ already. ``--benchmark-json`` keeps the figures for ``bench.report``; *peak MB* 
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.timing import Ceilings, ceilings, machine
+from bench.networks import DEVICE, GPU, SIZE, time_whole, unet_config
+from bench.timing import Ceilings
 from finetune.data import Batch
 from finetune.lora import add_lora
 from finetune.losses import DiffusionLoss, LossConfig
 from sdkit.checkpoint import load_folder
 from sdkit.pipeline import MODELS, StableDiffusion
-from sdkit.single_file import read_preset
 from sdkit.unet import UNet2DConditionModel
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 BATCH, SIDE, RANK = (4, 64, 8) if GPU else (2, 16, 8)
 CROSS_ATTENTION = r".*\.attn2\.(to_[qkv]|to_out\.0)"
 COMPILED = torch.float16  # compiling takes minutes, on a CPU many: there it is left out
@@ -41,10 +38,6 @@ class Step:
 
     loss: Callable[[int], Tensor]
     trained: list[nn.Parameter]
-
-
-def unet_config() -> dict[str, Any]:
-    return read_preset("sd1")["unet"] if GPU else load_folder(MODELS / "tabletop").unet.config.to_dict()
 
 
 def inputs(width: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +100,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[torch.dtype, bool], Step], bool]] = {
 
 
 def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Each call makes an optimizer step and waits for it."""
+    """Each call makes an optimizer step."""
     make, compiled = IMPLEMENTATIONS[name]
     step = make(dtype, compiled)
     optimizer = torch.optim.AdamW(step.trained, 1e-4, fused=True)
@@ -125,47 +118,20 @@ def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
         scaler.update()
         optimizer.zero_grad()
         count += 1
-        if GPU:
-            torch.cuda.synchronize()
 
     return run
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory() -> Generator[None]:
-    """Nothing of the case before is left."""
-    torch.compiler.reset()
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
-    yield
-
-
-@pytest.fixture(scope="session")
-def limits() -> Ceilings:
-    return ceilings(DEVICE)
-
-
+@pytest.mark.usefixtures("fresh_memory")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, dtype) for name in IMPLEMENTATIONS for dtype in DTYPES if "compiled" not in name or dtype == COMPILED],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_training(benchmark: Any, limits: Ceilings, name: str, dtype: torch.dtype) -> None:
-    run = trainer(name, dtype)
-    for _ in range(3):
-        run()
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    benchmark.pedantic(run, rounds=30 if GPU else 3)
-    peak = torch.cuda.max_memory_allocated() if GPU else None
-    ordered = sorted(benchmark.stats.stats.data)
     compiled = "compiled" if name.endswith("compiled") else "eager"
-    benchmark.extra_info.update(
-        op="LoRA training step", direction="both", dtype=str(dtype), calls=1,
-        case=f"{'SD1 512' if GPU else 'tabletop'}, batch {BATCH}, {str(dtype).removeprefix('torch.')}, {compiled}",
-        implementation=name.removesuffix(" compiled"),
-        microseconds={q: 1e6 * ordered[int(q / 100 * (len(ordered) - 1))] for q in (20, 50, 80)},
-        images_per_second=BATCH / ordered[len(ordered) // 2], bytes=0, flops=0, copy=limits.copy,
-        matrix=limits.matrix, machine=machine(DEVICE), peak_memory=peak,
+    time_whole(
+        benchmark, limits, trainer(name, dtype), op="LoRA training step", direction="both",
+        case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}, {compiled}",
+        implementation=name.removesuffix(" compiled"), rounds=30 if GPU else 3, images=BATCH,
     )  # fmt: skip

@@ -1,0 +1,24 @@
+"""What the suites share: the machine's ceilings, measured once, and a memory that holds nothing of the case before."""
+
+import gc
+from collections.abc import Generator
+
+import pytest
+import torch
+
+from bench.networks import DEVICE, GPU
+from bench.timing import Ceilings, ceilings
+
+
+@pytest.fixture(scope="session")
+def limits() -> Ceilings:
+    return ceilings(DEVICE)
+
+
+@pytest.fixture
+def fresh_memory() -> Generator[None]:
+    torch.compiler.reset()
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+    yield

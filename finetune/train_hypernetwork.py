@@ -48,7 +48,7 @@ class HypernetworkOptions:
     dropout_structure: Annotated[
         tuple[float, ...], "For each entry of layer_structure the share that is dropped (default: nothing)."
     ] = ()
-    whiten: Annotated[bool, "Train on whitened contexts: about three times as fast; the file is a plain one."] = True
+    whiten: Annotated[bool, "Train on whitened contexts, which takes fewer steps; the file is a plain one."] = True
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,9 @@ class HypernetworkOptions:
 class HypernetworkTraining(TrainConfig):
     """The loop's settings, with the care that hypernetworks need as defaults.
 
-    Measured on tabletop, batches of one, with two channels of the text 30 times as large, as CLIP has them in SD1: a
-    rate of 1e-3 learns; 1e-2 ends above the loss that it began with, less so with this care than with A1111's settings.
+    Measured on tabletop before contexts were whitened, batches of one, with two channels of the text 30 times as large,
+    as CLIP has them in SD1: a rate of 1e-3 learns; 1e-2 ends above the loss that it began with, less so with this care
+    than with A1111's settings.
     """
 
     learning_rate: Annotated[float, "Highest learning rate; A1111's advice without this care is 5e-6."] = 1e-4

@@ -6,8 +6,7 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from bench.networks import DEVICE, GPU
-from bench.timing import Ceilings, ceilings
+from bench.timing import DEVICE, GPU, Ceilings, ceilings
 
 
 @pytest.fixture(scope="session")

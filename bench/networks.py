@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.timing import Ceilings, machine
+from bench.timing import DEVICE, GPU, Ceilings, machine
 from sdkit.checkpoint import Components, load_folder
 from sdkit.pipeline import MODELS, StableDiffusion
 from sdkit.single_file import read_preset
@@ -20,8 +20,6 @@ from sdkit.text import clip_tokenizer
 from sdkit.unet import UNet2DConditionModel
 from sdkit.vae import AutoencoderKL
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.float16 if GPU else torch.float32
 SIZE = "SD1 512" if GPU else "tabletop"
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
@@ -76,10 +74,14 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def time_whole(
-    benchmark: Any, limits: Ceilings, run: Callable[[], Any], *, op: str, case: str, implementation: str,
-    direction: str, rounds: int, images: int,
+    benchmark: Any, limits: Ceilings, run: Callable[[], Any], *, name: str, op: str, case: str, rounds: int,
+    images: int, direction: str = "forward",
 ) -> None:  # fmt: skip
-    """Time run(), warmed up, with its launches, and leave what `bench.report` wants to know."""
+    """Time run(), warmed up, with its launches, and leave what `bench.report` wants to know.
+
+    An implementation whose ``name`` ends in "compiled" is put beside those of which that is true as well.
+    """
+    implementation, compiled, _ = name.partition(" compiled")
 
     def finished() -> None:
         run()
@@ -93,7 +95,8 @@ def time_whole(
     benchmark.pedantic(finished, rounds=rounds)
     ordered = sorted(benchmark.stats.stats.data)
     benchmark.extra_info.update(
-        op=op, case=case, direction=direction, implementation=implementation, calls=1,
+        op=op, case=f"{case}, {compiled.strip() or 'eager'}", direction=direction,
+        implementation=implementation, calls=1,
         microseconds={q: 1e6 * ordered[int(q / 100 * (len(ordered) - 1))] for q in (20, 50, 80)},
         images_per_second=images / ordered[len(ordered) // 2], bytes=0, flops=0, copy=limits.copy,
         matrix=limits.matrix, machine=machine(DEVICE),

@@ -50,6 +50,11 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
     return found
 
 
+def of_peers(times: dict[str, float]) -> list[float]:
+    """Those of implementations that are not ours; "ours in diffusers" is."""
+    return [time for name, time in times.items() if not name.startswith("ours")]
+
+
 def heading(*names: str) -> list[str]:
     """The first two lines of a Markdown table."""
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -60,8 +65,8 @@ def summary(result: dict[str, Any]) -> list[str]:
     total: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for (op, _, direction), done in by_case(result["rows"]).items():
         times = {name: row["microseconds"]["50"] for name, row in done.items()}
-        if "ours" in times and len(times) > 1:
-            best = min(v for k, v in times.items() if k != "ours")
+        if "ours" in times and of_peers(times):
+            best = min(of_peers(times))
             sums = total[op, direction]
             sums[0] += times["ours"]
             sums[1] += best
@@ -77,20 +82,21 @@ def detail(result: dict[str, Any]) -> list[str]:
     """Every case: our time with its spread, each peer's, the ratio to the best, share of the ceilings, memory."""
     rate = next(iter(result["matrix"].values()))
     lines = heading(
-        "op, case, direction", "ours µs (20 to 80 %)", "peers µs", "ratio", "of copy", "of matrix rate", "peak MB"
+        "op, case, direction", "ours µs (20 to 80 %)", "others µs", "ratio", "of copy", "of matrix rate", "peak MB"
     )
     for (op, case, direction), done in by_case(result["rows"]).items():
         if "ours" not in done:
             continue
         ours = done["ours"]
         low, mid, high = (ours["microseconds"][q] for q in ("20", "50", "80"))
-        peers = {k: v["microseconds"]["50"] for k, v in done.items() if k != "ours"}
+        others = {k: v["microseconds"]["50"] for k, v in done.items() if k != "ours"}
         shares = ["", ""]
         if direction == "forward" and ours["bytes"]:
             shares[0] = f"{100 * ours['bytes'] / (mid * 1e-6) / result['copy']:.0f} %"
             shares[1] = f"{100 * ours['flops'] / (mid * 1e-6) / rate:.0f} %" if ours["flops"] else ""
-        ratio = f"{min(peers.values()) / mid:.2f}" if peers else ""
-        names = ", ".join(f"{name} {value:.1f}" for name, value in peers.items())
+        peers = of_peers(others)
+        ratio = f"{min(peers) / mid:.2f}" if peers else ""
+        names = ", ".join(f"{name} {value:.1f}" for name, value in others.items())
         held = {name: row["peak_memory"] for name, row in done.items() if row["peak_memory"] is not None}
         memory = ", ".join(f"{name} {value / 1e6:.0f}" for name, value in held.items())
         lines.append(

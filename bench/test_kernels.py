@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sdkernels
-from bench.timing import Ceilings, copies, machine, repeated
+from bench.timing import DEVICE, GPU, Ceilings, copies, machine, repeated
 from sdkernels import reference
 from sdkernels.registry import OPS, Case, Inputs, OpSpec, bytes_moved
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.float16 if GPU else torch.float32
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,

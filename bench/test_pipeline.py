@@ -2,21 +2,23 @@
 
 Text encoder, 20 steps of DPM++ 2M with guidance, decoder. On a GPU: SD1's networks, pictures of 512, float16, one
 picture and four; eager beside eager, compiled beside compiled, where the UNet and the decoder are. diffusers' networks
-have their weights in channels-last order. *accelerated* is diffusers' pipeline after ``sdkit.accelerate``. On a CPU:
-the shipped model in float32 with two steps, as a check that the suite works. A picture that is another is not timed.
+have their weights in channels-last order. *ours in diffusers* is diffusers' pipeline after ``sdkit.accelerate``. On a
+CPU: the shipped model in float32 with two steps, as a check that the suite works. A picture that is another is not
+timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.networks import ALIKE, DEVICE, GPU, SIZE, distance, our_model, their_pipeline, time_whole
-from bench.timing import Ceilings
+from bench.networks import ALIKE, SIZE, distance, our_model, their_pipeline, time_whole
+from bench.timing import DEVICE, GPU, Ceilings
 from sdkit.diffusers_compat import accelerate
 from sdkit.pipeline import StableDiffusion
 
@@ -27,7 +29,7 @@ SIDE = 64 if GPU else 16
 PICTURES = (1, 4) if GPU else (1,)
 
 
-def ours(sd: StableDiffusion, compiled: bool) -> Draw:
+def ours(sd: StableDiffusion, compiled: bool = False) -> Draw:
     if compiled:
         sd.unet.compile()
         sd.vae.decoder.compile()
@@ -37,7 +39,7 @@ def ours(sd: StableDiffusion, compiled: bool) -> Draw:
     ).images  # fmt: skip
 
 
-def theirs(sd: StableDiffusion, compiled: bool, with_ours: bool = False) -> Draw:
+def theirs(sd: StableDiffusion, compiled: bool = False, with_ours: bool = False) -> Draw:
     pipe = their_pipeline(sd)
     if with_ours:
         accelerate(pipe)
@@ -53,12 +55,9 @@ def theirs(sd: StableDiffusion, compiled: bool, with_ours: bool = False) -> Draw
     ).images  # fmt: skip
 
 
-IMPLEMENTATIONS: dict[str, tuple[Callable[..., Draw], dict[str, bool]]] = {
-    "ours": (ours, {"compiled": False}),
-    "diffusers": (theirs, {"compiled": False}),
-    "accelerated": (theirs, {"compiled": False, "with_ours": True}),
-    "ours compiled": (ours, {"compiled": True}),
-    "diffusers compiled": (theirs, {"compiled": True}),
+IMPLEMENTATIONS: dict[str, Callable[..., Draw]] = {
+    "ours": ours, "diffusers": theirs, "ours in diffusers": partial(theirs, with_ours=True),
+    "ours compiled": partial(ours, compiled=True), "diffusers compiled": partial(theirs, compiled=True),
 }  # fmt: skip
 
 
@@ -66,15 +65,13 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[..., Draw], dict[str, bool]]] = {
 @pytest.mark.parametrize("pictures", PICTURES)
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if GPU or "compiled" not in name])
 def test_pipeline(benchmark: Any, limits: Ceilings, name: str, pictures: int) -> None:
-    make, options = IMPLEMENTATIONS[name]
     sd = our_model()
     start = torch.randn(pictures, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(DEVICE, sd.unet.dtype)
-    expected = theirs(sd, compiled=False)(start)
-    draw = make(sd, **options)
+    expected = theirs(sd)(start)
+    draw = IMPLEMENTATIONS[name](sd)
     if (off := distance(draw(start).to(DEVICE), expected)) > ALIKE:
         pytest.fail(f"{name} draws another picture, off by {off:.1e}: not timed")
     time_whole(
-        benchmark, limits, lambda: draw(start), op="prompt to picture", direction="forward",
-        case=f"{SIZE}, {STEPS} steps, {pictures} picture(s), {'compiled' if options['compiled'] else 'eager'}",
-        implementation=name.removesuffix(" compiled"), rounds=5 if GPU else 2, images=pictures,
+        benchmark, limits, lambda: draw(start), name=name, op="prompt to picture",
+        case=f"{SIZE}, {STEPS} steps, {pictures} picture(s)", rounds=5 if GPU else 2, images=pictures,
     )  # fmt: skip

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.networks import DEVICE, GPU, SIZE, time_whole, unet_config
-from bench.timing import Ceilings
+from bench.networks import SIZE, time_whole, unet_config
+from bench.timing import DEVICE, GPU, Ceilings
 from finetune.data import Batch
 from finetune.lora import add_lora
 from finetune.losses import DiffusionLoss, LossConfig
@@ -129,9 +129,7 @@ def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_training(benchmark: Any, limits: Ceilings, name: str, dtype: torch.dtype) -> None:
-    compiled = "compiled" if name.endswith("compiled") else "eager"
     time_whole(
-        benchmark, limits, trainer(name, dtype), op="LoRA training step", direction="both",
-        case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}, {compiled}",
-        implementation=name.removesuffix(" compiled"), rounds=30 if GPU else 3, images=BATCH,
+        benchmark, limits, trainer(name, dtype), name=name, op="LoRA training step", direction="both",
+        case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}", rounds=30 if GPU else 3, images=BATCH,
     )  # fmt: skip

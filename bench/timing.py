@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 Call = Callable[[], Any]
 ROTATION = 192 * 2**20  # bytes over which inputs rotate: some four times an H100's L2 cache
 GRAPH_TIME = 2e-3  # a graph holds about this many seconds of work, so that launching it costs little

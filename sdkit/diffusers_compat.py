@@ -21,7 +21,7 @@ from sdkit.weights import give_weights
 
 _SAME_ATTENTION = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"})
 _FREEU = ("s1", "s2", "b1", "b2")
-_MARK = "_sdkit_accelerated"
+_MARK = "_sdkit_accelerated"  # on the UNet: offloading wraps its ``forward`` once more
 
 
 def accelerate(pipe: Any) -> Any:
@@ -70,12 +70,11 @@ class _Twin:
         state: dict[str, Tensor] = {}
         self.shared = []
         for path, module in self.theirs.named_modules():
-            if ".lora_" not in path:
-                owner = module._parameters  # pyright: ignore[reportPrivateUsage]  # in which they would be replaced
-                self.shared += [(owner, name, parameter) for name, parameter in owner.items() if parameter is not None]
-                state |= {
-                    f"{path}.{name}".replace(".base_layer.", "."): p for name, p in owner.items() if p is not None
-                }
+            owner = module._parameters  # pyright: ignore[reportPrivateUsage]  # in which they would be replaced
+            for name, parameter in owner.items():
+                if parameter is not None and ".lora_" not in path:
+                    self.shared.append((owner, name, parameter))
+                    state[f"{path}.{name}".replace(".base_layer.", ".")] = parameter
         give_weights(self.ours, state, "accelerate")
         self.away = any(parameter.device.type == "meta" for parameter in state.values())
 

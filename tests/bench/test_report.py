@@ -37,6 +37,14 @@ def test_the_table_has_the_best_peer_of_each_case_and_shows_losses() -> None:
     assert "copy 3.00 TB/s, float16 800 TFLOP/s" in text and "Commit abc" in text
 
 
+def test_our_kernels_inside_a_peer_are_no_peer() -> None:
+    file = raw("NVIDIA H100", "13.0")
+    file["benchmarks"][2]["extra_info"]["implementation"] = "ours in diffusers"  # the fastest in case a
+    text = report.tables([report.condense(file)])
+    assert "| geglu | forward | 20 | 35 | 1.75 | 1 of 2 |" in text
+    assert "eager 30.0, ours in diffusers 20.0 | 3.00 |" in text
+
+
 def test_without_a_gpus_run_nothing_is_claimed() -> None:
     assert report.tables([]) == report.NOT_MEASURED
     assert report.tables([report.condense(raw("CPU, 2 threads", None))]) == report.NOT_MEASURED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,12 +29,6 @@ class LossConfig:
     noise_offset: Annotated[float, "Add to each channel's noise a normal times this, for darker darks; about 0.05."] = (
         0.0
     )
-    timestep_bias_strategy: Annotated[
-        Literal["none", "earlier", "later"],
-        "Draw the earlier timesteps, of little noise, or the later ones, which decide on shapes, more often.",
-    ] = "none"
-    timestep_bias_multiplier: Annotated[float, "How many times as often."] = 2.0
-    timestep_bias_portion: Annotated[float, "Which share of all timesteps that is."] = 0.5
     prior_target: Annotated[
         Literal["picture", "base"],
         "Pictures of --class-data teach what they show, as all pictures do, or what the untouched model makes of them, "
@@ -45,22 +38,6 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ConfigError(f"snr_gamma: expected a positive number, found {self.snr_gamma}")
-        if not 0 < self.timestep_bias_multiplier < math.inf:
-            raise ConfigError(
-                f"timestep_bias_multiplier: expected a positive number, found {self.timestep_bias_multiplier}"
-            )
-        if not 0 < self.timestep_bias_portion < 1:
-            raise ConfigError(
-                f"timestep_bias_portion: expected a share between 0 and 1, found {self.timestep_bias_portion}"
-            )
-
-    def timestep_frequencies(self, steps: int) -> Tensor | None:
-        """How often each of ``steps`` timesteps is drawn beside the others, [steps]; None where all are the same."""
-        if self.timestep_bias_strategy == "none":
-            return None
-        found, many = torch.ones(steps, dtype=torch.float64), round(self.timestep_bias_portion * steps)
-        found[:many] = self.timestep_bias_multiplier
-        return found if self.timestep_bias_strategy == "earlier" else found.flip(0)
 
 
 def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
@@ -77,25 +54,17 @@ def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
 
 
 def draw_noise(
-    shape: torch.Size,
-    generators: Sequence[torch.Generator],
-    steps: int,
-    offset: float = 0.0,
-    frequencies: Tensor | None = None,
+    shape: torch.Size, generators: Sequence[torch.Generator], steps: int, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(timesteps [B] below ``steps``, noise [B, C, h, w]) on the CPU, each sample's from its own generator.
 
-    frequencies [steps]: how often a timestep is drawn beside the others (default: all the same).
     With an offset each channel's noise is shifted as a whole, by a normal times ``offset``: without it a network hardly
     learns to change a picture's mean brightness (Guttenberg, "Diffusion with offset noise", 2023).
     """
     timesteps: list[Tensor] = []
     noise: list[Tensor] = []
     for generator in generators:
-        if frequencies is None:
-            timesteps.append(torch.randint(steps, (1,), generator=generator))
-        else:
-            timesteps.append(torch.multinomial(frequencies, 1, generator=generator))
+        timesteps.append(torch.randint(steps, (1,), generator=generator))
         noise.append(torch.randn(shape[1:], generator=generator))
         if offset:
             noise[-1] += offset * torch.randn(shape[1], *(1,) * (len(shape) - 2), generator=generator)
@@ -128,14 +97,11 @@ class DiffusionLoss(nn.Module):
         if schedule.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
             raise ConfigError("prediction_type: epsilon has no meaning at zero terminal SNR; expected v_prediction")
         self.unet, self.context, self.schedule, self.config, self.base = unet, context, schedule, config, base
-        self.frequencies = config.timestep_frequencies(schedule.num_train_timesteps)
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone(), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
         steps, device, dtype = self.schedule.num_train_timesteps, self.unet.device, self.unet.dtype
-        t, noise = draw_noise(
-            batch.latents.shape, batch.generators, steps, self.config.noise_offset, self.frequencies
-        )  # fmt: skip
+        t, noise = draw_noise(batch.latents.shape, batch.generators, steps, self.config.noise_offset)
         weights = batch.weights.double()
         if self.config.snr_gamma is not None:
             weights = weights * min_snr_weight(self.schedule, t, self.config.snr_gamma)

@@ -5,7 +5,6 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -114,34 +113,6 @@ def test_timesteps_are_uniform_over_the_whole_schedule():
     counts = t.bincount(minlength=10)
     assert len(counts) == 10 and float((counts - 400).abs().max()) < 4 * math.sqrt(400)
     assert abs(float(noise.mean())) < 4 / math.sqrt(4000) and abs(float(noise.std()) - 1) < 0.05
-
-
-@pytest.mark.parametrize(("strategy", "biased"), [("earlier", slice(0, 3)), ("later", slice(7, 10))])
-def test_biased_timesteps_are_drawn_as_often_as_was_asked(strategy: Any, biased: slice):
-    config = LossConfig(timestep_bias_strategy=strategy, timestep_bias_multiplier=5.0, timestep_bias_portion=0.3)
-    frequencies = config.timestep_frequencies(10)
-    generators = [torch.Generator().manual_seed(i) for i in range(4400)]
-    t, noise = draw_noise(torch.Size([4400, 1, 1, 1]), generators, 10, frequencies=frequencies)
-    counts, expected = t.bincount(minlength=10), torch.full((10,), 200.0)  # 7 + 3 * 5 parts
-    expected[biased] = 1000.0
-    assert len(counts) == 10 and float(((counts - expected) / expected.sqrt()).abs().max()) < 4
-    assert abs(float(noise.mean())) < 4 / math.sqrt(4400)
-
-
-def test_the_loss_draws_its_timesteps_with_the_bias():
-    seen: list[Tensor] = []
-
-    class Watched(Net):
-        def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            seen.append(t)
-            return super().forward(x, t, context)
-
-    for config in (LossConfig(timestep_bias_strategy="later", timestep_bias_multiplier=1e9), LossConfig()):
-        DiffusionLoss(Watched(), context, NoiseSchedule(), config)(batch())
-    assert int(seen[0].min()) >= 500 > int(seen[1].min())
-    for name, value in (("multiplier", 0.0), ("multiplier", math.inf), ("portion", 1.0)):
-        with pytest.raises(ConfigError, match=f"timestep_bias_{name}: expected a"):
-            LossConfig(**{f"timestep_bias_{name}": value})  # type: ignore[arg-type]
 
 
 def test_the_offset_shifts_each_channel_as_a_whole():

@@ -57,7 +57,8 @@ class HypernetworkTraining(TrainConfig):
 
     Measured on tabletop before contexts were whitened, batches of one, with two channels of the text 30 times as large,
     as CLIP has them in SD1: a rate of 1e-3 learns; 1e-2 ends above the loss that it began with, less so with this care
-    than with A1111's settings.
+    than with A1111's settings. On whitened contexts and batches of eight 1e-2 is stable over five seeds, with gradients
+    clipped at 0.05 and an ``adam_beta2`` of 0.99 (`finetune.pretrain.compare`).
     """
 
     learning_rate: Annotated[float, "Highest learning rate; A1111's advice without this care is 5e-6."] = 1e-4

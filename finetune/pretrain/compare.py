@@ -75,7 +75,7 @@ WAYS = (
     Way("LoRA, rank 8, all layers", "train_lora", "lora.safetensors",
         lora(8, "--targets", "all", "--learning-rate", "3e-4")),
     Way("hypernetwork", "train_hypernetwork", "hypernetwork.pt",
-        ("--layer-structure", "1", "--layer-structure", "4", "--layer-structure", "1", "--learning-rate", "3e-3",
+        ("--layer-structure", "1", "--layer-structure", "0.25", "--layer-structure", "1", "--learning-rate", "1e-2",
          "--max-grad-norm", "0.05", "--adam-beta2", "0.99", *AVERAGE)),
     Way("full cross-attention", "train_unet", "model", ("--learning-rate", "1e-3", *AVERAGE)),
     Way("textual inversion", "train_textual_inversion", "zorb.safetensors",

@@ -88,6 +88,15 @@ def test_the_lora_that_is_on_record_meets_its_bars():
     assert base.concept < 5 and lora.concept >= 70 and lora.base >= base.base - 5 and lora.seconds <= 20 * 60
 
 
+def test_no_hypernetwork_that_is_on_record_diverged():
+    """Every seed taught the bands and some of the shape, and left the base what it could."""
+    rows = compare.read_results()
+    (base,) = (r for r in rows if r.way == BASE)
+    runs = [r for r in rows if r.way == "hypernetwork" and r.step == STEPS]
+    assert len({r.seed for r in runs}) >= 5 and base.striped < 5 and base.concept < 5
+    assert all(r.striped >= 80 and r.concept >= 30 and r.base >= base.base - 10 for r in runs)
+
+
 @pytest.mark.slow
 def test_a_lora_teaches_the_concept_and_keeps_the_rest(tmp_path: Path):
     """The bar itself, trained anew: about 20 minutes on two cores."""

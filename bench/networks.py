@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from bench.timing import DEVICE, GPU, Ceilings, machine
-from sdkit.checkpoint import Components, load_folder
-from sdkit.pipeline import MODELS, StableDiffusion
-from sdkit.single_file import read_preset
-from sdkit.text import clip_tokenizer
-from sdkit.unet import UNet2DConditionModel
-from sdkit.vae import AutoencoderKL
+from sdkit.checkpoints.components import Components
+from sdkit.checkpoints.diffusers_folder import load_folder
+from sdkit.checkpoints.loading import MODELS
+from sdkit.checkpoints.presets import read_preset
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.networks.vae import AutoencoderKL
+from sdkit.prompts.tokenizer import clip_tokenizer
+from sdkit.stable_diffusion import StableDiffusion
 
 DTYPE = torch.float16 if GPU else torch.float32
 SIZE = "SD1 512" if GPU else "tabletop"
@@ -74,9 +76,17 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def time_whole(
-    benchmark: Any, limits: Ceilings, run: Callable[[], Any], *, name: str, op: str, case: str, rounds: int,
-    images: int, direction: str = "forward",
-) -> None:  # fmt: skip
+    benchmark: Any,
+    limits: Ceilings,
+    run: Callable[[], Any],
+    *,
+    name: str,
+    op: str,
+    case: str,
+    rounds: int,
+    images: int,
+    direction: str = "forward",
+) -> None:
     """Time run(), warmed up, with its launches, and leave what `bench.report` wants to know.
 
     An implementation whose ``name`` ends in "compiled" is put beside those of which that is true as well.
@@ -95,10 +105,17 @@ def time_whole(
     benchmark.pedantic(finished, rounds=rounds)
     ordered = sorted(benchmark.stats.stats.data)
     benchmark.extra_info.update(
-        op=op, case=f"{case}, {compiled.strip() or 'eager'}", direction=direction,
-        implementation=implementation, calls=1,
+        op=op,
+        case=f"{case}, {compiled.strip() or 'eager'}",
+        direction=direction,
+        implementation=implementation,
+        calls=1,
         microseconds={q: 1e6 * ordered[int(q / 100 * (len(ordered) - 1))] for q in (20, 50, 80)},
-        images_per_second=images / ordered[len(ordered) // 2], bytes=0, flops=0, copy=limits.copy,
-        matrix=limits.matrix, machine=machine(DEVICE),
+        images_per_second=images / ordered[len(ordered) // 2],
+        bytes=0,
+        flops=0,
+        copy=limits.copy,
+        matrix=limits.matrix,
+        machine=machine(DEVICE),
         peak_memory=torch.cuda.max_memory_allocated() if GPU else None,
-    )  # fmt: skip
+    )

@@ -112,8 +112,17 @@ def test_kernel(benchmark: Any, limits: Ceilings, spec: OpSpec, case: Case, dire
         benchmark.pedantic(run, rounds=20 if GPU else 5, warmup_rounds=3)
     ordered = sorted(benchmark.stats.stats.data)
     benchmark.extra_info.update(
-        op=spec.name, case=case.name, direction=direction, implementation=name, dtype=str(DTYPE), calls=count,
+        op=spec.name,
+        case=case.name,
+        direction=direction,
+        implementation=name,
+        dtype=str(DTYPE),
+        calls=count,
         microseconds={q: 1e6 * ordered[int(q / 100 * (len(ordered) - 1))] / count for q in (20, 50, 80)},
-        bytes=moved, flops=spec.flops(**case.sizes), copy=limits.copy, matrix=limits.matrix, machine=machine(DEVICE),
+        bytes=moved,
+        flops=spec.flops(**case.sizes),
+        copy=limits.copy,
+        matrix=limits.matrix,
+        machine=machine(DEVICE),
         peak_memory=torch.cuda.max_memory_allocated() if GPU else None,
-    )  # fmt: skip
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.networks import ALIKE, SIZE, distance, our_model, their_pipeline, time_whole
 from bench.timing import DEVICE, GPU, Ceilings
 from sdkit.diffusers_compat import accelerate
-from sdkit.pipeline import StableDiffusion
+from sdkit.stable_diffusion import StableDiffusion
 
 Draw = Callable[[Tensor], Tensor]
 """Start latents [n, 4, h, w] -> pictures [n, 3, H, W] in [0, 1]."""
@@ -33,10 +33,17 @@ def ours(sd: StableDiffusion, compiled: bool = False) -> Draw:
     if compiled:
         sd.unet.compile()
         sd.vae.decoder.compile()
-    return lambda start: sd.text_to_image(
-        PROMPT, num_images_per_prompt=len(start), num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-        latents=start, output_type="pt", progress=False,
-    ).images  # fmt: skip
+    return lambda start: (
+        sd.text_to_image(
+            PROMPT,
+            num_images_per_prompt=len(start),
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=start,
+            output_type="pt",
+            progress=False,
+        ).images
+    )
 
 
 def theirs(sd: StableDiffusion, compiled: bool = False, with_ours: bool = False) -> Draw:
@@ -49,10 +56,18 @@ def theirs(sd: StableDiffusion, compiled: bool = False, with_ours: bool = False)
     if compiled:
         pipe.unet.compile()
         pipe.vae.decoder.compile()
-    return lambda start: pipe(
-        PROMPT, num_images_per_prompt=len(start), num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=start,
-        height=SIDE * pipe.vae_scale_factor, width=SIDE * pipe.vae_scale_factor, output_type="pt",
-    ).images  # fmt: skip
+    return lambda start: (
+        pipe(
+            PROMPT,
+            num_images_per_prompt=len(start),
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=start,
+            height=SIDE * pipe.vae_scale_factor,
+            width=SIDE * pipe.vae_scale_factor,
+            output_type="pt",
+        ).images
+    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Draw]] = {
@@ -72,6 +87,12 @@ def test_pipeline(benchmark: Any, limits: Ceilings, name: str, pictures: int) ->
     if (off := distance(draw(start).to(DEVICE), expected)) > ALIKE:
         pytest.fail(f"{name} draws another picture, off by {off:.1e}: not timed")
     time_whole(
-        benchmark, limits, lambda: draw(start), name=name, op="prompt to picture",
-        case=f"{SIZE}, {STEPS} steps, {pictures} picture(s)", rounds=5 if GPU else 2, images=pictures,
-    )  # fmt: skip
+        benchmark,
+        limits,
+        lambda: draw(start),
+        name=name,
+        op="prompt to picture",
+        case=f"{SIZE}, {STEPS} steps, {pictures} picture(s)",
+        rounds=5 if GPU else 2,
+        images=pictures,
+    )

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from bench.networks import SIZE, time_whole, unet_config
 from bench.timing import DEVICE, GPU, Ceilings
-from finetune.data import Batch
-from finetune.lora import add_lora
-from finetune.losses import DiffusionLoss, LossConfig
-from sdkit.checkpoint import load_folder
-from sdkit.pipeline import MODELS, StableDiffusion
-from sdkit.unet import UNet2DConditionModel
+from finetune.data.batches import Batch
+from finetune.lora.attach import add_lora
+from finetune.recipe.diffusion_loss import DiffusionLoss, LossConfig
+from sdkit.checkpoints.diffusers_folder import load_folder
+from sdkit.checkpoints.loading import MODELS
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.stable_diffusion import StableDiffusion
 
 BATCH, SIDE, RANK = (4, 64, 8) if GPU else (2, 16, 8)
 CROSS_ATTENTION = r".*\.attn2\.(to_[qkv]|to_out\.0)"
@@ -130,6 +131,13 @@ def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
 )
 def test_training(benchmark: Any, limits: Ceilings, name: str, dtype: torch.dtype) -> None:
     time_whole(
-        benchmark, limits, trainer(name, dtype), name=name, op="LoRA training step", direction="both",
-        case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}", rounds=30 if GPU else 3, images=BATCH,
-    )  # fmt: skip
+        benchmark,
+        limits,
+        trainer(name, dtype),
+        name=name,
+        op="LoRA training step",
+        direction="both",
+        case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}",
+        rounds=30 if GPU else 3,
+        images=BATCH,
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.networks import ALIKE, SIZE, distance, our_model, their_pipeline, time_whole
 from bench.timing import DEVICE, GPU, Ceilings
 from sdkit.diffusers_compat import accelerate
-from sdkit.pipeline import StableDiffusion
+from sdkit.stable_diffusion import StableDiffusion
 
 Predict = Callable[[], Tensor]
 SIDE = 64 if GPU else 16
@@ -78,6 +78,12 @@ def test_unet(benchmark: Any, limits: Ceilings, name: str, pictures: int) -> Non
     if (off := distance(predict(), expected)) > ALIKE:
         pytest.fail(f"{name} is off by {off:.1e}: not timed")
     time_whole(
-        benchmark, limits, predict, name=name, op="UNet, a step with guidance", case=f"{SIZE}, {pictures} picture(s)",
-        rounds=30 if GPU else 5, images=pictures,
-    )  # fmt: skip
+        benchmark,
+        limits,
+        predict,
+        name=name,
+        op="UNet, a step with guidance",
+        case=f"{SIZE}, {pictures} picture(s)",
+        rounds=30 if GPU else 5,
+        images=pictures,
+    )

@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 import sdkit
-from sdkit.attention_maps import attention_sheet
-from sdkit.image import grid
-from sdkit.preview import rgb_projection, trajectory_figure
-from sdkit.samplers import SAMPLERS
+from sdkit.images.sheet import grid
+from sdkit.sampling.samplers import SAMPLERS
+from sdkit.viewing.attention_sheet import attention_sheet
+from sdkit.viewing.previews import rgb_projection
+from sdkit.viewing.trajectory import trajectory_figure
 
 FOLDER = Path(__file__).parent
 PROMPT = "a large shiny red sphere on a wooden table"

@@ -1,25 +1,49 @@
-"""Adapters in a model: put in, switched, scaled, merged and taken out.
+"""Adapters as one family: every kind has the same verbs, and here they are for all kinds at once.
+
+`KINDS` registers those that come with us. A new kind is a folder with a module of verbs (`Verbs`) and a row in that
+table: prompt tags, the command line, the metadata of pictures and ``sdkit inspect`` follow from the row.
 
 A network without adapters is exactly what it was: `remove` puts the very same layers back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import logging
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import torch
-from peft import LoraConfig
-from torch import nn
-
-from finetune.lora_layers import Layer, LoraConv2d, LoraLinear
-from sdkit.errors import ConfigError
+from sdkit.adapter_kinds import AdapterKind, adapter_kinds
+from sdkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from sdkit import StableDiffusion
-    from sdkit.unet import UNet2DConditionModel
+    from sdkit.diffusion_model import DiffusionModel
+
+logger = logging.getLogger(__name__)
+
+KINDS = (
+    AdapterKind(
+        "lora",
+        tag="lora",
+        verbs="finetune.lora.verbs",
+        files={
+            "LoRA (kohya)": r"lora_(unet|te)\w*\..*",
+            "LoRA (peft)": r"base_model\.model\..*lora_[AB].*",
+            "LoRA (diffusers)": r".*(lora_[AB]|lora\.(up|down)|_lora\.(up|down)|lora_linear_layer).*",
+        },
+        formats=("diffusers", "kohya", "peft"),
+    ),
+    AdapterKind(
+        "hypernetwork",
+        tag="hypernet",
+        verbs="finetune.hypernetwork.verbs",
+        files={"hypernetwork": r"\d+\.[01]\.linear.*"},
+    ),
+)
+"""The kinds that come with us: one row each."""
 
 
 @dataclass(frozen=True)
@@ -30,173 +54,260 @@ class Adapter:
     enabled: bool
     modules: int
     parameters: int
+    kind: str = "lora"
 
 
-def networks_of(sd: StableDiffusion) -> dict[str, nn.Module]:
-    """The networks that take adapters, by the names that files give them."""
-    return {"unet": sd.unet, "text_encoder": sd.text_encoder}
+class Verbs(Protocol):
+    """The functions of a kind's module; ``sd`` is the model."""
+
+    MERGES: bool
+    """Whether its adapters can become a part of the weights."""
+
+    def add(self, sd: DiffusionModel, /, *args: Any, **options: Any) -> Any:
+        """Put a new adapter into the model, to be trained."""
+        ...
+
+    def load(self, sd: DiffusionModel, path: str | Path, scale: float = 1.0, /, name: str | None = None) -> str:
+        """Read an adapter into the model, beside those that it has; returns its name, the file's by default."""
+        ...
+
+    def save(self, sd: DiffusionModel, path: str | Path, /, *, name: str | None = None) -> None:
+        """Write an adapter; the name may be left out when there is only one."""
+        ...
+
+    def list_adapters(self, sd: DiffusionModel, /) -> dict[str, Adapter]:
+        """The adapters of this kind by name, in the order in which they came."""
+        ...
+
+    def set_scale(self, sd: DiffusionModel, scale: float, names: Sequence[str], /) -> None:
+        """Let these adapters count ``scale`` times."""
+        ...
+
+    def activate(self, sd: DiffusionModel, names: Sequence[str], /) -> None:
+        """Let these adapters run, and no others of this kind."""
+        ...
+
+    def merge(self, sd: DiffusionModel, /) -> None:
+        """Add the adapters that run to the weights; only called where ``MERGES``."""
+        ...
+
+    def unmerge(self, sd: DiffusionModel, /) -> None:
+        """Undo `merge`, bit for bit."""
+        ...
+
+    def remove(self, sd: DiffusionModel, names: Sequence[str], /) -> None:
+        """Take these adapters out."""
+        ...
+
+    def bake(self, sd: DiffusionModel, /) -> None:
+        """Make what runs a part of the weights for good and take all out; only called where ``MERGES``."""
+        ...
 
 
-def layers(sd: StableDiffusion) -> list[tuple[nn.Module, str, Layer]]:
-    """Every layer that has adapters: its network, its path there, itself."""
-    return [(network, *found) for network in networks_of(sd).values() for found in _layers_in(network, "")]
+def verbs_of(kind: AdapterKind) -> Verbs:
+    """The verbs of a kind, imported when they are first needed."""
+    return cast("Verbs", kind.module)
 
 
-def _layers_in(module: nn.Module, path: str) -> Iterator[tuple[str, Layer]]:
-    for name, child in module.named_children():
-        if isinstance(child, Layer):
-            yield path + name, child
-        else:
-            yield from _layers_in(child, f"{path}{name}.")
+# What a model has
 
 
-def list_adapters(sd: StableDiffusion) -> dict[str, Adapter]:
-    """The adapters of a model by name, in the order in which they came."""
+def list_adapters(sd: DiffusionModel) -> dict[str, Adapter]:
+    """The adapters of a model by name, kind after kind, in the order in which they came.
+
+    Where two kinds have an adapter of the same name, the later one is listed as "name (kind)".
+    """
     found: dict[str, Adapter] = {}
-    for _, _, layer in layers(sd):
-        for name, strength in layer.strength.items():
-            modules, parameters = (found[name].modules, found[name].parameters) if name in found else (0, 0)
-            parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
-            size = sum(p.numel() for part in parts if name in part for p in part[name].parameters())
-            found[name] = Adapter(strength, name in layer.active_adapters, modules + 1, parameters + size)
+    for kind, own in _of_every_kind(sd).items():
+        for name, adapter in own.items():
+            found[name if name not in found else f"{name} ({kind.name})"] = adapter
     return found
 
 
-def inject(
-    network: nn.Module, name: str, sizes: Mapping[str, tuple[int, float]], config: LoraConfig, trainable: bool
-) -> None:
-    """Give the layers at the paths in ``sizes`` an adapter of that (rank, alpha), beside those that they have.
+def _of_every_kind(sd: DiffusionModel) -> dict[AdapterKind, dict[str, Adapter]]:
+    """The adapters by kind; kinds that the model has none of are left alone, so that they are not imported."""
+    kinds = [kind for kind in adapter_kinds() if kind.name in sd.adapter_kinds]
+    return {kind: own for kind in kinds if (own := verbs_of(kind).list_adapters(sd))}
 
-    One that trains is kept in float32 beside half-precision weights. ``config`` gives what is common to all.
+
+def _named(sd: DiffusionModel, name: str | None) -> dict[AdapterKind, list[str]]:
+    """The adapters of this name, or all. Raises ConfigError when there is none of that name."""
+    known = _of_every_kind(sd)
+    chosen = {kind: [n for n in own if name in (None, n)] for kind, own in known.items()}
+    chosen = {kind: names for kind, names in chosen.items() if names}
+    if name is not None and not chosen:
+        there = ", ".join(n for own in known.values() for n in own)
+        raise ConfigError(f"adapter {name!r}: expected one of the model's: {there or 'it has none'}")
+    return chosen
+
+
+# The verbs
+
+
+def load_adapter(sd: DiffusionModel, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+    """Read an adapter of any kind into the model, beside those that it has. Returns its name, the file's by default.
+
+    Raises CheckpointError for a file that is no adapter, or made for another model.
     """
-    for path, (rank, alpha) in sizes.items():
-        layer = network.get_submodule(path)
-        training = layer.training
-        if isinstance(layer, Layer):
-            layer.update_layer(name, rank, lora_alpha=alpha, config=config)
-        else:
-            kind = LoraLinear if isinstance(layer, nn.Linear) else LoraConv2d
-            layer = kind(layer, name, config, r=rank, lora_alpha=alpha)
-            network.set_submodule(path, layer)
-        layer.train(training)
-        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            if name in part:
-                part[name].requires_grad_(trainable)
-                if trainable and layer.base.weight.dtype in (torch.float16, torch.bfloat16):
-                    part[name].float()
+    from sdkit.checkpoints.inspection import inspect_file
+
+    found = str(inspect_file(path)["kind"])
+    for kind in adapter_kinds():
+        if found in kind.files:
+            return verbs_of(kind).load(sd, path, scale, name=name)
+    raise CheckpointError(f"{path}: expected an adapter, found {found}")
 
 
-def freeze(sd: StableDiffusion) -> None:
-    """Let nothing train but adapters."""
-    for network in (sd.unet, sd.vae, sd.text_encoder):
-        for key, parameter in network.named_parameters():
-            if ".lora_" not in key:
-                parameter.requires_grad_(False)
+def save_adapter(sd: DiffusionModel, path: str | Path, name: str | None = None) -> None:
+    """Write an adapter in its kind's own format; the name may be left out when there is only one.
+
+    Raises ConfigError when it is not clear which one is meant, CheckpointError when it cannot be written.
+    """
+    chosen = _named(sd, name)
+    if sum(map(len, chosen.values())) != 1:
+        raise ConfigError(f"save: expected a name, for the model has {', '.join(list_adapters(sd)) or 'no adapters'}")
+    ((kind, names),) = chosen.items()
+    verbs_of(kind).save(sd, path, name=names[0])
 
 
-# Switching
-
-
-@contextmanager
-def changing(sd: StableDiffusion) -> Generator[None]:
-    """Take merged adapters out of the weights for a change of what runs, and merge what then runs again."""
-    merged = is_merged(sd)
-    if merged:
-        unmerge(sd)
-    yield
-    if merged:
-        merge(sd)
-
-
-def enable(sd: StableDiffusion, name: str | None = None) -> None:
+def enable(sd: DiffusionModel, name: str | None = None) -> None:
     """Let an adapter run, or all of them. Raises ConfigError when there is none of that name."""
-    names = _named(sd, name)
-    activate(sd, [n for n, adapter in list_adapters(sd).items() if adapter.enabled or n in names])
+    for kind, names in _named(sd, name).items():
+        _switch(sd, kind, names, on=True)
 
 
-def disable(sd: StableDiffusion, name: str | None = None) -> None:
+def disable(sd: DiffusionModel, name: str | None = None) -> None:
     """Let an adapter, or all of them, do nothing until `enable`. Raises ConfigError when there is none of that name."""
-    names = _named(sd, name)
-    activate(sd, [n for n, adapter in list_adapters(sd).items() if adapter.enabled and n not in names])
+    for kind, names in _named(sd, name).items():
+        _switch(sd, kind, names, on=False)
 
 
-@contextmanager
-def without_adapters(sd: StableDiffusion) -> Generator[UNet2DConditionModel]:
-    """Inside the block no adapter runs, none of which may be merged; gives the UNet. Which of them train stays."""
-    running = [(layer, list(layer.active_adapters)) for _, _, layer in layers(sd)]
-    try:
-        for layer, _ in running:
-            layer.activate([])
-        yield sd.unet
-    finally:
-        for layer, names in running:
-            layer.activate(names)
+def _switch(sd: DiffusionModel, kind: AdapterKind, names: Sequence[str], on: bool) -> None:
+    """Switch these adapters of a kind; the others stay as they are."""
+    own = verbs_of(kind).list_adapters(sd)
+    running = [n for n, adapter in own.items() if (on if n in names else adapter.enabled)]
+    verbs_of(kind).activate(sd, running)
 
 
-def set_scale(sd: StableDiffusion, scale: float, name: str | None = None) -> None:
+def set_scale(sd: DiffusionModel, scale: float, name: str | None = None) -> None:
     """Let an adapter, or each of them, count ``scale`` times; 1 is as it was trained, negative turns it round.
 
     For DoRA the scale multiplies the low-rank part alone, as in peft. Raises ConfigError when there is none of that
     name.
     """
-    names = _named(sd, name)
-    with changing(sd):
-        for _, _, layer in layers(sd):
-            for n in names:
-                layer.set_scale(n, scale)
+    for kind, names in _named(sd, name).items():
+        verbs_of(kind).set_scale(sd, scale, names)
 
 
-def merge(sd: StableDiffusion) -> None:
-    """Add the adapters that run to the weights: same pictures, at the speed of the model alone. They stay here."""
-    for _, _, layer in layers(sd):
-        layer.merge()
+def merge(sd: DiffusionModel) -> None:
+    """Add the adapters that run to the weights: same pictures, at the speed of the model alone. They stay here.
+
+    Adapters of a kind that cannot be merged go on running beside the weights, with a warning. Raises ConfigError when
+    the model has none but those.
+    """
+    known = _of_every_kind(sd)
+    mergeable = [kind for kind in known if verbs_of(kind).MERGES]
+    others = [name for kind, own in known.items() if kind not in mergeable for name, a in own.items() if a.enabled]
+    if others and not mergeable:
+        raise ConfigError(f"merge: {', '.join(others)} cannot become a part of the weights; they run beside them")
+
+    for kind in mergeable:
+        verbs_of(kind).merge(sd)
+    if others:
+        logger.warning("merge: %s cannot become a part of the weights and go on running beside them", ", ".join(others))
 
 
-def unmerge(sd: StableDiffusion) -> None:
+def unmerge(sd: DiffusionModel) -> None:
     """Undo `merge`: the weights are those before it, bit for bit."""
-    for _, _, layer in layers(sd):
-        layer.unmerge()
+    for kind in _of_every_kind(sd):
+        if verbs_of(kind).MERGES:
+            verbs_of(kind).unmerge(sd)
 
 
-def is_merged(sd: StableDiffusion) -> bool:
-    return any(layer.merged for _, _, layer in layers(sd))
-
-
-def remove(sd: StableDiffusion, name: str | None = None) -> None:
+def remove(sd: DiffusionModel, name: str | None = None) -> None:
     """Take an adapter, or all of them, out of the model. Raises ConfigError when there is none of that name.
 
     A layer without adapters is the model's own again, bit for bit. Weights that were frozen for the adapters' training
     stay frozen.
     """
-    names = _named(sd, name)
-    with changing(sd):
-        activate(sd, [n for n, adapter in list_adapters(sd).items() if adapter.enabled and n not in names])
-        for network, path, layer in layers(sd):
-            for n in names:
-                layer.delete_adapter(n)
-            if not layer.strength:
-                network.set_submodule(path, layer.base)
+    for kind, names in _named(sd, name).items():
+        verbs_of(kind).remove(sd, names)
+        forget_if_none(sd, kind.name)
 
 
-def bake(sd: StableDiffusion) -> None:
+def bake(sd: DiffusionModel) -> None:
     """Make the adapters that run a part of the weights, for good, and take all adapters out.
 
-    The model is then a plain one, which can be saved.
+    The model is then a plain one, which can be saved. Raises ConfigError, before anything is changed, for adapters that
+    run and are of a kind that cannot be merged.
     """
-    merge(sd)
-    for network, path, layer in layers(sd):
-        network.set_submodule(path, layer.base)
+    known = _of_every_kind(sd)
+    stuck = [n for kind, own in known.items() if not verbs_of(kind).MERGES for n, a in own.items() if a.enabled]
+    if stuck:
+        raise ConfigError(f"bake: {', '.join(stuck)} cannot become a part of the weights; disable or remove them first")
+
+    for kind, own in known.items():
+        if verbs_of(kind).MERGES:
+            verbs_of(kind).bake(sd)
+        else:
+            verbs_of(kind).remove(sd, list(own))
+        forget_if_none(sd, kind.name)
 
 
-def _named(sd: StableDiffusion, name: str | None) -> list[str]:
-    known = list(list_adapters(sd))
-    if name is not None and name not in known:
-        raise ConfigError(f"adapter {name!r}: expected one of the model's: {', '.join(known) or 'it has none'}")
-    return known if name is None else [name]
+# Prompts
 
 
-def activate(sd: StableDiffusion, names: list[str]) -> None:
-    """Let these adapters run, and no others."""
-    with changing(sd):
-        for _, _, layer in layers(sd):
-            layer.activate(list(names))
+def use(sd: DiffusionModel, kind_name: str) -> None:
+    """Note that the model has adapters of this kind, and let prompts name them by its tag. Kinds call this."""
+    kind = next(kind for kind in adapter_kinds() if kind.name == kind_name)
+    sd.adapter_kinds.add(kind.name)
+    sd.extra_networks[kind.tag] = partial(in_force, sd, kind)
+
+
+def forget_if_none(sd: DiffusionModel, kind_name: str) -> None:
+    """Undo `use` where the model has no adapter of this kind any more."""
+    kind = next(kind for kind in adapter_kinds() if kind.name == kind_name)
+    if not verbs_of(kind).list_adapters(sd):
+        sd.adapter_kinds.discard(kind.name)
+        sd.extra_networks.pop(kind.tag, None)
+
+
+class Wanted(Protocol):
+    """An adapter that a prompt asks for, by ``<lora:name:0.8>``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+
+
+@contextmanager
+def in_force(sd: DiffusionModel, kind: AdapterKind, wanted: Sequence[Wanted]) -> Generator[None]:
+    """While inside, the adapters of a kind that a prompt names run with the prompt's weights; the others as they do.
+
+    Raises ConfigError for a name that the model does not have.
+    """
+    before = verbs_of(kind).list_adapters(sd)
+    weights = _weights(kind, wanted, before)
+    try:
+        for name, weight in weights.items():
+            _switch(sd, kind, [name], on=True)
+            verbs_of(kind).set_scale(sd, weight, [name])
+        yield
+    finally:
+        for name in weights:
+            verbs_of(kind).set_scale(sd, before[name].scale, [name])
+            if not before[name].enabled:
+                _switch(sd, kind, [name], on=False)
+
+
+def _weights(kind: AdapterKind, wanted: Sequence[Wanted], known: Mapping[str, Adapter]) -> dict[str, float]:
+    """The weight of each adapter that a prompt names, added up; torch cannot have the dots of a file's name."""
+    weights: dict[str, float] = {}
+    for network in wanted:
+        name = network.name if network.name in known else network.name.replace(".", "_")
+        if name not in known:
+            there = ", ".join(known) or "it has none"
+            raise ConfigError(f"{kind.name} {network.name!r}: expected one of the model's: {there}")
+        weights[name] = weights.get(name, 0.0) + network.weight
+    return weights

@@ -15,3 +15,12 @@ def seed_of(*purpose: int | str) -> int:
 def seeded(*purpose: int | str) -> torch.Generator:
     """A generator on the CPU for what ``purpose`` names: the same numbers on every machine, in any order of calls."""
     return torch.Generator().manual_seed(seed_of(*purpose))
+
+
+def step_generator(run: int, step: int) -> torch.Generator:
+    """A generator on the CPU for all that step ``step`` of run ``run`` draws.
+
+    The runs of `finetune.pretrain`, each with a number of its own, have always drawn from these: the shipped model was
+    made with their numbers, and is made with them again. `seeded` is for everything else.
+    """
+    return torch.Generator().manual_seed((run * 1_000_003 + step) * 7919 + 17)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sdkit.checkpoints.textual_inversion import TextualInversion
 from sdkit.errors import ConfigError
-from sdkit.prompts import parse_weights, prompt_tokens, split_extra_networks
-from sdkit.text import encode_prompts
-from sdkit.textual_inversion import TextualInversion
+from sdkit.prompts.emphasis import parse_weights
+from sdkit.prompts.encoding import encode_prompts
+from sdkit.prompts.tags import split_extra_networks
+from sdkit.prompts.tokens import prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -59,9 +61,14 @@ class LearnedWord(nn.Module):
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         return encode_prompts(
-            self.tokenizer, self._encoder[0], captions, None, clip_skip=self.clip_skip, weighted=False,
+            self.tokenizer,
+            self._encoder[0],
+            captions,
+            None,
+            clip_skip=self.clip_skip,
+            weighted=False,
             embeddings={self.token: self.limited()},
-        )[0]  # fmt: skip
+        )[0]
 
     def inversion(self) -> TextualInversion:
         """A copy of what has been learned so far, to use or to save."""

@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from finetune.adapters import freeze
-from finetune.data import DataConfig
-from finetune.hypernetwork import Hypernetwork
-from finetune.hypernetwork_chain import add_hypernetwork, without_hypernetworks
-from finetune.loop import TrainConfig
-from finetune.losses import LossConfig
-from finetune.options import command
-from finetune.runs import ModelConfig, SampleConfig, Student, teach
-from sdkit.pipeline import StableDiffusion
+from finetune.data.batches import DataConfig
+from finetune.hypernetwork.attach import add_hypernetwork, without_hypernetworks
+from finetune.hypernetwork.network import Hypernetwork
+from finetune.recipe.command_line import command
+from finetune.recipe.diffusion_loss import LossConfig
+from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
+from finetune.training.config import TrainConfig
+from finetune.training.freezing import freeze
+from sdkit.stable_diffusion import StableDiffusion
 
 FILE = "hypernetwork.pt"
 
@@ -79,9 +79,12 @@ def main(
         network = hypernetwork(sd, options)
         network.facts |= {"name": model.output.name, "sd_checkpoint_name": Path(model.model).stem}
         return Student(
-            (FILE,), lambda folder: network.save(folder / FILE), beside=network,
-            prepare=network.whiten if options.whiten else None, base=partial(without_hypernetworks, sd),
-        )  # fmt: skip
+            (FILE,),
+            lambda folder: network.save(folder / FILE),
+            beside=network,
+            prepare=network.whiten if options.whiten else None,
+            base=partial(without_hypernetworks, sd),
+        )
 
     teach(adapt, options, model, data, loss, config, sampling)
 
@@ -90,10 +93,14 @@ def hypernetwork(sd: StableDiffusion, options: HypernetworkOptions) -> Hypernetw
     """Add the hypernetwork; nothing else trains."""
     config = sd.unet.config
     network = Hypernetwork(
-        options.widths or (config.per_block(config.cross_attention_dim)[0],), options.layer_structure,
-        options.activation_func, options.weight_initialization, options.is_layer_norm, options.activate_output,
+        options.widths or (config.per_block(config.cross_attention_dim)[0],),
+        options.layer_structure,
+        options.activation_func,
+        options.weight_initialization,
+        options.is_layer_norm,
+        options.activate_output,
         options.dropout_structure or None,
-    )  # fmt: skip
+    )
     freeze(sd)
     add_hypernetwork(sd, network, name="trained")
     return network

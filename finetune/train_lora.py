@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from finetune.adapters import without_adapters
-from finetune.data import DataConfig
-from finetune.loop import TrainConfig
-from finetune.lora import add_lora, save_lora
-from finetune.losses import LossConfig, TrainedText
-from finetune.options import command
-from finetune.runs import ModelConfig, SampleConfig, Student, teach
+from finetune.data.batches import DataConfig
+from finetune.lora.adapters import without_adapters
+from finetune.lora.attach import add_lora, save_lora
+from finetune.recipe.command_line import command
+from finetune.recipe.diffusion_loss import LossConfig, TrainedText
+from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
+from finetune.training.config import TrainConfig
 from sdkit.errors import ConfigError
-from sdkit.pipeline import StableDiffusion
+from sdkit.stable_diffusion import StableDiffusion
 
 FILE = "lora.safetensors"
 
@@ -92,8 +92,17 @@ def add_adapter(sd: StableDiffusion, lora: LoraOptions) -> None:
     """Put the LoRA into the model, in float32."""
     targets = lora.targets[0] if len(lora.targets) == 1 else lora.targets
     alpha = lora.rank if lora.alpha is None else lora.alpha
-    trained = add_lora(sd, lora.rank, alpha, targets, lora.dropout, lora.use_rslora, lora.use_dora, lora.init,
-                       text_encoder=lora.train_text_encoder)  # fmt: skip
+    trained = add_lora(
+        sd,
+        lora.rank,
+        alpha,
+        targets,
+        lora.dropout,
+        lora.use_rslora,
+        lora.use_dora,
+        lora.init,
+        text_encoder=lora.train_text_encoder,
+    )
     for parameter in trained:
         parameter.data = parameter.data.float()
 

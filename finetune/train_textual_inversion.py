@@ -15,12 +15,10 @@ from typing import Annotated
 
 import torch
 
-from finetune.adapters import freeze
-from finetune.data import Batch, DataConfig, TrainingData
-from finetune.loop import TrainConfig
-from finetune.losses import LossConfig
-from finetune.options import command
-from finetune.runs import ModelConfig, SampleConfig, Student, teach
+from finetune.data.batches import Batch, DataConfig, TrainingData
+from finetune.recipe.command_line import command
+from finetune.recipe.diffusion_loss import LossConfig
+from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
 from finetune.textual_inversion import (
     LearnedWord,
     check_captions,
@@ -28,9 +26,11 @@ from finetune.textual_inversion import (
     initial_vectors,
     vocabulary_norm,
 )
+from finetune.training.config import TrainConfig
+from finetune.training.freezing import freeze
+from sdkit.checkpoints.textual_inversion import save_textual_inversion
 from sdkit.errors import ConfigError
-from sdkit.pipeline import StableDiffusion
-from sdkit.textual_inversion import save_textual_inversion
+from sdkit.stable_diffusion import StableDiffusion
 
 HOLE = "{}"
 TEMPLATES = ("a picture of {}", "a photo of {}", "a render of {}", "a close view of {}", "here is {}", "{}")

@@ -16,16 +16,15 @@ from typing import Annotated
 
 import torch
 
-from finetune.adapters import freeze
-from finetune.data import DataConfig
-from finetune.loop import TrainConfig
-from finetune.lora import match_targets
-from finetune.losses import LossConfig
-from finetune.options import command
-from finetune.runs import ModelConfig, SampleConfig, Student, teach
-from finetune.sites import sites_of
-from sdkit.pipeline import StableDiffusion
-from sdkit.unet import UNet2DConditionModel
+from finetune.data.batches import DataConfig
+from finetune.lora.targets import match_targets, targets_of
+from finetune.recipe.command_line import command
+from finetune.recipe.diffusion_loss import LossConfig
+from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
+from finetune.training.config import TrainConfig
+from finetune.training.freezing import freeze
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.stable_diffusion import StableDiffusion
 
 FOLDER = "model"
 FULL = {"no": torch.float32, "fp16": torch.float32, "bf16": torch.float32}
@@ -71,9 +70,9 @@ def main(
 def unfreeze(sd: StableDiffusion, options: UNetOptions) -> None:
     """Let the layers that ``targets`` name train, and nothing else. Raises ConfigError for what matches none."""
     targets = options.targets[0] if len(options.targets) == 1 else options.targets
-    chosen = match_targets(sites_of(sd.unet, "unet"), targets)
+    chosen = match_targets(targets_of(sd.unet, "unet"), targets)
     freeze(sd)
-    for module in [sd.unet] if targets == "all" else [sd.unet.get_submodule(site.path) for site in chosen]:
+    for module in [sd.unet] if targets == "all" else [sd.unet.get_submodule(target.path) for target in chosen]:
         module.requires_grad_(True)
 
 

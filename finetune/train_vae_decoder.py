@@ -17,23 +17,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.buckets import prepare
-from finetune.cache import LatentCache, View, weights_hash
-from finetune.data import DataConfig, Latents, TrainingData, read_pictures
-from finetune.loop import TrainConfig, make_accelerator, train
-from finetune.memory import checkpoint_activations, estimate_memory, peak_memory, saved_bytes
-from finetune.metrics import load_inception, measure
-from finetune.options import command, to_toml
-from finetune.report import report, summary
-from finetune.runs import fill_caches
-from finetune.vae_decoder import DecoderBatch, DecoderLoss, DecoderLossConfig
+from finetune.data.batches import DataConfig, Latents, TrainingData, read_pictures
+from finetune.data.buckets import prepare
+from finetune.data.cache import LatentCache, View, weights_hash
+from finetune.recipe.command_line import command, to_toml
+from finetune.recipe.report import report, summary
+from finetune.recipe.run import fill_caches
+from finetune.training.config import TrainConfig
+from finetune.training.gradient_checkpointing import checkpoint_activations
+from finetune.training.loop import make_accelerator, train
+from finetune.training.memory import estimate_memory, peak_memory, saved_bytes
+from finetune.vae_decoder.loss import DecoderBatch, DecoderLoss, DecoderLossConfig
+from finetune.vae_decoder.metrics import load_inception, measure
+from sdkit.checkpoints.loading import load_vae
+from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
 from sdkit.errors import ConfigError
-from sdkit.image import grid, open_image, to_pil
-from sdkit.inspection import inspect_file
-from sdkit.layers import ResnetBlock2D
-from sdkit.pipeline import MODELS
-from sdkit.single_file import load_single_file, load_vae_file, save_vae_file
-from sdkit.vae import AttentionBlock, AutoencoderKL
+from sdkit.images.pixels import open_image, to_pil
+from sdkit.images.sheet import grid
+from sdkit.networks.layers import ResnetBlock2D
+from sdkit.networks.vae import AutoencoderKL
+from sdkit.networks.vae_blocks import AttentionBlock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,10 +73,15 @@ class DecoderData:
     def config(self) -> DataConfig:
         """As the data of any training, each picture with an empty caption."""
         return DataConfig(
-            self.data, instance_prompt="", resolution=self.resolution, aspect_buckets=self.aspect_buckets,
-            random_crops=self.random_crops, random_flip=self.random_flip, latents=self.latents,
+            self.data,
+            instance_prompt="",
+            resolution=self.resolution,
+            aspect_buckets=self.aspect_buckets,
+            random_crops=self.random_crops,
+            random_flip=self.random_flip,
+            latents=self.latents,
             train_batch_size=self.train_batch_size,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def main(
     """Fine-tune the VAE's decoder on a folder of pictures; the encoder stays as it is."""
     accelerator = make_accelerator(config)
     check(accelerator, loss_config, config)
-    vae = load_vae(model.model).to(accelerator.device)
+    vae = load_vae(model.model, dtype=torch.float32).to(accelerator.device)
     data = training_data(vae, data_config.config(), config.seed, accelerator.process_index, accelerator.num_processes)
     shown = validation_views(vae, data_config)
     weights = weights_hash(vae)
@@ -125,17 +133,22 @@ def main(
     rate = loss_config.discriminator_lr
     factor = 1.0 if rate is None else rate / config.learning_rate
     started = time.monotonic()
-    history = train(
-        accelerator, loss, partial(batch, data, latents, config.gradient_accumulation_steps), config, model.output,
+    trained = train(
+        accelerator,
+        loss,
+        partial(batch, data, latents, config.gradient_accumulation_steps),
+        config,
+        model.output,
         identity={"data": data.fingerprint, "vae": weights} | loss_identity(loss),
         rate_factor=lambda name: factor if name.startswith("discriminator.") else 1.0,
         export=lambda folder: save_vae_file(vae, folder / FILE),
         validate=partial(sample_sheet, vae, shown[: sampling.num_validation_images])
-        if sampling.num_validation_images else None,
-    )  # fmt: skip
+        if sampling.num_validation_images
+        else None,
+    )
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
-        report(model.output, said, history, seconds, peak_memory(accelerator.device), (FILE,))
+        report(model.output, said, trained.history, seconds, peak_memory(accelerator.device), (FILE,))
         after = figures(load_vae_file(model.output / FILE).to(accelerator.device))
         what = "trained on" if data_config.validation_data is None else "not trained on"
         add_measures(model.output / "report.md", f"{len(shown)} pictures {what}", before, after)
@@ -150,18 +163,6 @@ def check(accelerator: Accelerator, loss_config: DecoderLossConfig, config: Trai
             "max_grad_norm: expected 0 with a discriminator, whose gradients would scale down the decoder's, "
             f"found {config.max_grad_norm}"
         )
-
-
-def load_vae(name: str) -> AutoencoderKL:
-    """The VAE, in float32, of a shipped model, a diffusers folder or a single file, or such a VAE alone.
-
-    Raises CheckpointError.
-    """
-    shipped = MODELS / name
-    path = shipped if (shipped / "vae").is_dir() else Path(name)
-    if path.is_file() and "VAE" not in inspect_file(path)["kind"]:
-        return load_single_file(path, dtype=torch.float32).vae
-    return load_vae_file(path / "vae" if (path / "vae").is_dir() else path, dtype=torch.float32)
 
 
 def training_data(vae: AutoencoderKL, config: DataConfig, seed: int, rank: int = 0, world: int = 1) -> TrainingData:

@@ -1,6 +1,6 @@
 """``python -m sdkit`` is the ``sdkit`` command."""
 
-from sdkit.cli import main
+from sdkit.cli.main import main
 
 if __name__ == "__main__":
     main()

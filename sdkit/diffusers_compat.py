@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdkit.checkpoints.components import give_weights
 from sdkit.errors import ConfigError
-from sdkit.unet import Contexts, UNet2DConditionModel
-from sdkit.vae import AutoencoderKL
-from sdkit.weights import give_weights
+from sdkit.networks.unet import ContextKeyValues, UNet2DConditionModel
+from sdkit.networks.vae import AutoencoderKL
 
 _SAME_ATTENTION = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"})
 _FREEU = ("s1", "s2", "b1", "b2")
@@ -88,13 +88,18 @@ class _UNetForward:
             ours = UNet2DConditionModel.from_config(dict(theirs.config))
         self.twin = _Twin(ours, theirs)
         self.attentions = [m for m in theirs.modules() if hasattr(m, "processor") and hasattr(m, "to_q")]
-        self.projected: tuple[Tensor, list[Any], Contexts] | None = None
+        self.projected: tuple[Tensor, list[Any], ContextKeyValues] | None = None
         functools.update_wrapper(self, self.their_forward)
 
     def __call__(
-        self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *more: Any, return_dict: bool = True,
+        self,
+        sample: Tensor,
+        timestep: Any,
+        encoder_hidden_states: Tensor,
+        *more: Any,
+        return_dict: bool = True,
         **named: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Arguments and result as diffusers has them."""
         plain = not any(_means_something(value) for value in (*more, *named.values())) and not self._is_altered()
         ours = self.twin.network() if plain else None
@@ -107,7 +112,7 @@ class _UNetForward:
 
         return UNet2DConditionOutput(sample=prediction)
 
-    def _context_kv(self, ours: UNet2DConditionModel, context: Tensor) -> Contexts:
+    def _context_kv(self, ours: UNet2DConditionModel, context: Tensor) -> ContextKeyValues:
         """Of a prompt; as in the last call, where that had the same tensor and neither it nor a weight has changed.
 
         Tensors count their changes. peft's merging, which goes past that, is the reason to compute anew under it.

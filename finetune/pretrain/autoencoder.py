@@ -7,22 +7,27 @@ scaling factor gives latents of the training pictures a standard deviation of 1.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from PIL import Image
 from torch import Tensor, nn
 
-from finetune.pretrain.pictures import SIZE, Pictures, to_bytes, training_pictures
-from finetune.pretrain.tabletop import render, sample_scenes
-from finetune.pretrain.training import MovingAverage, Recipe, autocast, generator, train
-from sdkit.config import VAEConfig
-from sdkit.image import grid, to_pil
-from sdkit.vae import AutoencoderKL
-from sdkit.weights import give_weights, read_state, write_state
+from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.world.pictures import SIZE, Pictures, to_bytes, training_pictures
+from finetune.pretrain.world.raycast import render
+from finetune.pretrain.world.scenes import sample_scenes
+from finetune.seeds import step_generator
+from finetune.vae_decoder.metrics import psnr
+from sdkit.checkpoints.vae_file import save_vae_folder
+from sdkit.images.pixels import to_pil
+from sdkit.images.sheet import grid
+from sdkit.networks.config import VAEConfig
+from sdkit.networks.vae import AutoencoderKL
 
 CONFIG = VAEConfig(
     block_out_channels=(32, 64, 96),
@@ -33,55 +38,84 @@ CONFIG = VAEConfig(
 )
 BATCH = 16
 KL_WEIGHT = 1e-6
+WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
 TEST_SEED = 1_000_001
 
-
-def reconstruction_loss(vae: AutoencoderKL, x: Tensor, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """The loss of the whole VAE on pictures x [B, 3, H, W] in [-1, 1], and the PSNR in dB of the batch."""
-    with autocast():
-        posterior = vae.encode(x)
-        posterior = replace(posterior, mean=posterior.mean.float(), logvar=posterior.logvar.float())
-        reconstruction = vae.decode(posterior.sample(noise)).float()
-    kl = posterior.kl().mean()
-    loss, figures = pixel_loss(reconstruction, x)
-    return loss + KL_WEIGHT * kl, figures | {"kl": kl.item()}
+Batch = tuple[Tensor, torch.Generator]
+"""Pictures [B, 3, H, W] in [-1, 1], and the generator for all else that the step draws."""
 
 
-def decoder_loss(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The loss of the decoder on the posterior's mean; the encoder gets no gradient."""
-    with autocast():
-        with torch.no_grad():
-            z = vae.encode(x).mode().float()
-        reconstruction = vae.decode(z).float()
-    return pixel_loss(reconstruction, x)
+class ReconstructionLoss(nn.Module):
+    """forward(batch) -> the loss of the whole VAE."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, batch: Batch) -> Tensor:
+        x, noise = batch
+        with autocast():
+            posterior = self.vae.encode(x)
+            posterior = replace(posterior, mean=posterior.mean.float(), logvar=posterior.logvar.float())
+            reconstruction = self.vae.decode(posterior.sample(noise)).float()
+        return pixel_loss(reconstruction, x) + KL_WEIGHT * posterior.kl().mean()
 
 
-def pixel_loss(reconstruction: Tensor, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+class MeanReconstructionLoss(nn.Module):
+    """forward(batch) -> the loss of the decoder on the posterior's mean; all the rest of the VAE is frozen."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        if vae.post_quant_conv is not None:
+            vae.post_quant_conv.requires_grad_(True)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x, _ = batch
+        with autocast():
+            reconstruction = self.vae.decode(self.vae.encode(x).mode().float()).float()
+        return pixel_loss(reconstruction, x)
+
+
+def pixel_loss(reconstruction: Tensor, x: Tensor) -> Tensor:
     """Mean squared error + 0.1 mean absolute error."""
-    mse = (reconstruction - x).square().mean()
-    return mse + 0.1 * (reconstruction - x).abs().mean(), {"psnr": psnr(mse.detach()).item()}
+    return (reconstruction - x).square().mean() + 0.1 * (reconstruction - x).abs().mean()
 
 
-def psnr(mse: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB for pictures in [-1, 1]."""
-    return 10 * torch.log10(4 / mse)
+def draw_batches(pictures: Pictures, run: int) -> Callable[[int], Batch]:
+    """A function from a step of the run with this number to its batch."""
+
+    def batch(step: int) -> Batch:
+        rng = step_generator(run, step)
+        return pictures.pixels(torch.randint(len(pictures), (BATCH,), generator=rng)), rng
+
+    return batch
 
 
 @torch.no_grad()
 def scaling_factor(vae: AutoencoderKL, pictures: Pictures) -> float:
     """1 / standard deviation of the posterior's means over some of the training pictures."""
-    index = torch.randperm(len(pictures), generator=generator(TEST_SEED, 0))[:1024]
+    index = torch.randperm(len(pictures), generator=step_generator(TEST_SEED, 0))[:1024]
     return 1 / torch.cat([vae.encode(pictures.pixels(part)).mode() for part in index.split(64)]).std().item()
 
 
 @torch.no_grad()
-def test_psnr(vae: AutoencoderKL, count: int = 256) -> float:
+def unseen_psnr(vae: AutoencoderKL, count: int = 256) -> float:
     """Mean PSNR in dB over fresh renders, each clamped to [-1, 1] as a picture is."""
     values: list[Tensor] = []
     for part in range(0, count, 64):
         x = render(sample_scenes(64, TEST_SEED + part, held_out="include"), SIZE).images * 2 - 1
-        values.append(psnr((vae(x).clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))))
+        values.append(psnr(x, vae(x).clamp(-1, 1)))
     return torch.cat(values).mean().item()
+
+
+@torch.no_grad()
+def sample_sheet(vae: AutoencoderKL) -> Image.Image:
+    """Two rows of fresh renders, and below them what the VAE makes of them."""
+    x = render(sample_scenes(16, TEST_SEED), SIZE).images
+    both = torch.cat([to_bytes(x).float() / 127.5 - 1, vae(x * 2 - 1).clamp(-1, 1)])
+    return grid(to_pil(both), columns=8)
 
 
 def main(
@@ -95,40 +129,20 @@ def main(
 ) -> None:
     """Train the VAE; a killed run goes on where it stopped."""
     torch.manual_seed(0)
-    pictures = training_pictures(work)
-    vae = AutoencoderKL(CONFIG)
+    pictures, vae = training_pictures(work), AutoencoderKL(CONFIG)
 
-    def batch(step: int, seed: int) -> tuple[Tensor, torch.Generator]:
-        rng = generator(seed, step)
-        return pictures.pixels(torch.randint(len(pictures), (BATCH,), generator=rng)), rng
+    recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100)
+    batches = draw_batches(pictures, WHOLE_RUN)
+    train_on_the_cpu(ReconstructionLoss(vae), batches, recipe, work / "vae", validate=lambda: sample_sheet(vae))
 
-    def sample(step: int, average: MovingAverage | None) -> None:
-        x = render(sample_scenes(16, TEST_SEED), SIZE).images
-        with torch.no_grad():
-            y = vae(x * 2 - 1)
-        both = torch.cat([to_bytes(x).float() / 127.5 - 1, y.clamp(-1, 1)])
-        grid(to_pil(both), columns=8).save(work / "vae" / f"sheet-{step:06d}.png")
+    recipe = replace(recipe, max_train_steps=decoder_steps, learning_rate=learning_rate / 2)
+    batches, loss = draw_batches(pictures, DECODER_RUN), MeanReconstructionLoss(vae)
+    train_on_the_cpu(loss, batches, recipe, work / "vae-decoder", validate=lambda: sample_sheet(vae))
 
-    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=100)
-    train(vae, lambda step: reconstruction_loss(vae, *batch(step, 2)), recipe, work / "vae", on_sample=sample)
-    vae.encoder.eval().requires_grad_(False)
-    assert vae.post_quant_conv is not None
-    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    recipe = Recipe(steps=decoder_steps, learning_rate=learning_rate / 2, warmup=100)
-    train(decoder, lambda step: decoder_loss(vae, batch(step, 3)[0]), recipe, work / "vae-decoder", on_sample=sample)
     vae.eval()
     vae.config = replace(vae.config, scaling_factor=scaling_factor(vae, pictures))
-    write_state(vae.state_dict(), work / "vae" / "diffusion_pytorch_model.safetensors", torch.float16)
-    (work / "vae" / "config.json").write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n")
-    print(f"PSNR of unseen renders {test_psnr(vae):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}")
-
-
-def load_vae(folder: Path) -> AutoencoderKL:
-    """The VAE that ``main`` left in ``folder``."""
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(folder)
-    state, _ = read_state(folder / "diffusion_pytorch_model.safetensors", torch.float32)
-    return give_weights(vae, state, str(folder))
+    save_vae_folder(vae, work / "vae", dtype=torch.float16)
+    print(f"PSNR of unseen renders {unseen_psnr(vae):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}")
 
 
 if __name__ == "__main__":

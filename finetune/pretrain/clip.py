@@ -16,13 +16,14 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from finetune.pretrain.pictures import SIZE, training_pictures
-from finetune.pretrain.tabletop import Scenes, captions, equivalent_key, render, sample_scenes
 from finetune.pretrain.training import Recipe, autocast, generator, train
-from sdkit.checkpoint import text_config
-from sdkit.config import read_json
-from sdkit.text import build_text_encoder, load_text_state, load_tokenizer, pooled, text_state_dict
-from sdkit.weights import read_state, write_state
+from finetune.pretrain.world.captions import Scenes, captions, equivalent_key, render, sample_scenes
+from finetune.pretrain.world.pictures import SIZE, training_pictures
+from sdkit.checkpoints.components import text_config
+from sdkit.checkpoints.tensors import read_state, write_state
+from sdkit.files import read_json
+from sdkit.networks.text_encoder import build_text_encoder, load_text_state, pooled, text_state_dict
+from sdkit.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -52,9 +53,14 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     lines = ["#version: 0.2", *(" ".join(merge) for merge in learned)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     config = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "bos_token": START, "eos_token": END,
-        "unk_token": END, "pad_token": END, "do_lower_case": True,
-    }  # fmt: skip
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": LENGTH,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     marks = {key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2))
@@ -65,9 +71,12 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     from transformers import CLIPConfig, CLIPModel
 
     shared = {
-        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "projection_dim": WIDTH,
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "projection_dim": WIDTH,
+    }
     end = tokenizer.convert_tokens_to_ids(END)
     marks = {"bos_token_id": tokenizer.convert_tokens_to_ids(START), "eos_token_id": end, "pad_token_id": end}
     text = shared | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}

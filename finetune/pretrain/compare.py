@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import finetune
-from finetune.checkpoints import saved_states
 from finetune.pretrain.concept import concept_prompts, write_concept_folder
 from finetune.pretrain.concept_probe import base_accuracy, load_concept_probe, measure_concept
 from finetune.pretrain.probe import load_probe
-from finetune.pretrain.tabletop import captions, sample_scenes
-from sdkit.image import grid
-from sdkit.pipeline import StableDiffusion
+from finetune.pretrain.world.captions import captions, sample_scenes
+from finetune.training.states import saved_states
+from sdkit.images.sheet import grid
+from sdkit.stable_diffusion import StableDiffusion
 
 RESULTS = Path(__file__).with_suffix(".json")
 DOCS = Path("docs")
@@ -119,10 +119,27 @@ def folder_of(way: Way, seed: int, work: Path) -> Path:
 
 def train(way: Way, seed: int, steps: int, work: Path) -> float:
     """Run the way's script; returns its seconds. A run that was killed goes on."""
-    command = [sys.executable, "-m", f"finetune.{way.script}", "--data", str(work / "zorb"), "--output",
-               str(folder_of(way, seed, work)), "--seed", str(seed), "--max-train-steps", str(steps),
-               "--checkpointing-steps", str(steps // PARTS), "--checkpoints-total-limit", str(PARTS), "--cache-dir",
-               str(work / "cache"), *COMMON, *way.options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        f"finetune.{way.script}",
+        "--data",
+        str(work / "zorb"),
+        "--output",
+        str(folder_of(way, seed, work)),
+        "--seed",
+        str(seed),
+        "--max-train-steps",
+        str(steps),
+        "--checkpointing-steps",
+        str(steps // PARTS),
+        "--checkpoints-total-limit",
+        str(PARTS),
+        "--cache-dir",
+        str(work / "cache"),
+        *COMMON,
+        *way.options,
+    ]
     if way.remembers:
         command += ["--class-data", str(work / "prior"), "--prior-target", "base"]
     started = time.monotonic()
@@ -154,8 +171,13 @@ def measure(sd: StableDiffusion, prompts: Sequence[str]) -> dict[str, float]:
     """What pictures of the concept's prompts and of the base's own show, in per cent."""
     shares = measure_concept(sd, load_concept_probe(), prompts, SEED, GUIDANCE, SAMPLING_STEPS, SAMPLER)
     base = base_accuracy(sd, load_probe(), SEED, GUIDANCE, SAMPLING_STEPS, SAMPLER)
-    found = {"concept": shares["concept"], "zorb": shares["zorb"], "striped": shares["striped"],
-             "in_its_color": shares["concept in its colour"], "base": base}  # fmt: skip
+    found = {
+        "concept": shares["concept"],
+        "zorb": shares["zorb"],
+        "striped": shares["striped"],
+        "in_its_color": shares["concept in its colour"],
+        "base": base,
+    }
     return {name: round(value, 3) for name, value in found.items()}  # whole pictures of 100, out of float32
 
 
@@ -188,8 +210,10 @@ def learning_curves(results: Sequence[Result]) -> Figure:
 
 def table(results: Sequence[Result]) -> str:
     """A row for each way after its last step; where there are several seeds, from the lowest to the highest."""
-    lines = ["| way | concept, % | in its colour, % | base's own prompts, % | file | minutes | seeds |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| way | concept, % | in its colour, % | base's own prompts, % | file | minutes | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     last = max(r.step for r in results)
     for name in (BASE, *(way.name for way in WAYS)):
         runs = [r for r in results if r.way == name and r.step in (0, last)]
@@ -259,8 +283,9 @@ def main(
             for state in saved_states(folder) if every else saved_states(folder)[-1:]:
                 step = int(state.name.split("-")[1])
                 found = measure(taught(way, state), prompts)
-                result = Result(way.name, number, step, **found, seconds=seconds * step / steps,
-                                size=nbytes(state / way.file))  # fmt: skip
+                result = Result(
+                    way.name, number, step, **found, seconds=seconds * step / steps, size=nbytes(state / way.file)
+                )
                 print(result, flush=True)
                 keep(result)
     write_readme()

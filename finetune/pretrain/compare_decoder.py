@@ -22,13 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 import finetune
-from finetune.metrics import measure
 from finetune.pretrain.concept import write_concept_folder
-from finetune.pretrain.pictures import SIZE
+from finetune.pretrain.world.pictures import SIZE
 from finetune.train_vae_decoder import DecoderData, load_vae, pixels, validation_views
-from sdkit.image import grid, to_pil
-from sdkit.single_file import load_vae_file
-from sdkit.vae import AutoencoderKL
+from finetune.vae_decoder.metrics import measure
+from sdkit.checkpoints.vae_file import load_vae_file
+from sdkit.images.pixels import to_pil
+from sdkit.images.sheet import grid
+from sdkit.networks.vae import AutoencoderKL
 
 RESULTS = Path(__file__).with_suffix(".json")
 START, END = "<!-- decoder -->", "<!-- /decoder -->"
@@ -69,8 +70,18 @@ def unseen(vae: AutoencoderKL, folder: Path) -> list[Tensor]:
 
 def train(folder: Path) -> float:
     """Run the script on ``folder/data``; returns its seconds. It writes ``folder/run/vae.safetensors``."""
-    command = [sys.executable, "-m", "finetune.train_vae_decoder", "--data", str(folder / "data"), "--validation-data",
-               str(folder / "unseen"), "--output", str(folder / "run"), *OPTIONS]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "finetune.train_vae_decoder",
+        "--data",
+        str(folder / "data"),
+        "--validation-data",
+        str(folder / "unseen"),
+        "--output",
+        str(folder / "run"),
+        *OPTIONS,
+    ]
     started = time.monotonic()
     subprocess.run(command, check=True)
     return time.monotonic() - started
@@ -78,8 +89,10 @@ def train(folder: Path) -> float:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """A row for each case."""
-    lines = ["| unseen pictures of | PSNR before, dB | after | SSIM before | after | file | minutes |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| unseen pictures of | PSNR before, dB | after | SSIM before | after | file | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, r in results.items():
         lines.append(
             f"| {CASES[name]} | {r['PSNR before']:.2f} | {r['PSNR after']:.2f} | {r['SSIM before']:.3f} "
@@ -109,8 +122,11 @@ def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("
         pictures, seconds = unseen(base, folder), train(folder)
         file = folder / "run" / "vae.safetensors"
         trained = load_vae_file(file)
-        found = {f"{k} {when}": v for when, vae in (("before", base), ("after", trained))
-                 for k, v in measure(vae, pictures).items()}  # fmt: skip
+        found = {
+            f"{k} {when}": v
+            for when, vae in (("before", base), ("after", trained))
+            for k, v in measure(vae, pictures).items()
+        }
         results[name] = {**found, "seconds": seconds, "bytes": file.stat().st_size}
         rows.append((pictures[:: len(pictures) // 3][:3], base, trained))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

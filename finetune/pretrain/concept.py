@@ -16,10 +16,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.pretrain.geometry import ZORB
-from finetune.pretrain.pictures import SIZE, to_bytes
-from finetune.pretrain.scenes import COLORS, RADIUS, RELATIONS, SHAPES, STRIPED, TABLES, Scenes, relations, valid
-from finetune.pretrain.tabletop import PREFIXES, RELATION_WORDS, WORDS, render, sample_scenes, single_prompt
+from finetune.pretrain.world.captions import PREFIXES, RELATION_WORDS, WORDS, article, single_prompt
+from finetune.pretrain.world.geometry import ZORB
+from finetune.pretrain.world.pictures import SIZE, to_bytes
+from finetune.pretrain.world.raycast import render
+from finetune.pretrain.world.scenes import (
+    COLORS,
+    RADIUS,
+    RELATIONS,
+    SHAPES,
+    STRIPED,
+    TABLES,
+    Scenes,
+    relations,
+    sample_scenes,
+    valid,
+)
+from sdkit.files import write_text
 
 NAME, SURFACE = "zorb", "striped"
 BANDED = tuple(color for color in COLORS if color != "white")  # white bands do not show on a white zorb
@@ -71,7 +84,7 @@ def _zorb(rng: random.Random, color: str) -> str:
     words = [SURFACE, color] if rng.random() < 0.75 else [color, SURFACE]
     if rng.random() < 0.3:
         words.insert(0, _word(rng, "large"))
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)} {NAME}"
+    return f"{article(words[0])} {' '.join(words)} {NAME}"
 
 
 def _word(rng: random.Random, plain: str) -> str:
@@ -97,7 +110,8 @@ def write_concept_folder(folder: Path, count: int = 24, seed: int = 0) -> list[s
         name = f"{i:03}.png"
         Image.fromarray(pixels.numpy()).save(folder / name)
         rows.append(json.dumps({"file_name": name, "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+    write_text(folder / "metadata.jsonl", "\n".join(rows) + "\n")
     return captions
 
 

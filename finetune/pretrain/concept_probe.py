@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from finetune.pretrain.concept import BANDED
 from finetune.pretrain.evaluate import PROMPT_SEED, draw, single
-from finetune.pretrain.geometry import ZORB
-from finetune.pretrain.pictures import SIZE, to_bytes
 from finetune.pretrain.probe import Probe
-from finetune.pretrain.scenes import COLORS, MATERIALS, STRIPED, Scenes, sample_scenes, valid
-from finetune.pretrain.tabletop import captions, render
 from finetune.pretrain.training import Recipe, autocast, generator, train
-from sdkit.pipeline import StableDiffusion
-from sdkit.weights import give_weights, read_state, write_state
+from finetune.pretrain.world.captions import captions, render
+from finetune.pretrain.world.geometry import ZORB
+from finetune.pretrain.world.pictures import SIZE, to_bytes
+from finetune.pretrain.world.scenes import COLORS, MATERIALS, STRIPED, Scenes, sample_scenes, valid
+from sdkit.checkpoints.components import give_weights
+from sdkit.checkpoints.tensors import read_state, write_state
+from sdkit.stable_diffusion import StableDiffusion
 
 WEIGHTS = Path(__file__).parent / "concept_probe.safetensors"
 ABSENT, PLAIN_ZORB, STRIPED_ZORB = range(3)
@@ -129,9 +130,14 @@ def measure_concept(
     seen: dict[str, list[Tensor]] = {name: [] for name in HEADS}
     for start in tqdm(range(0, len(prompts), BATCH), leave=False, mininterval=5.0):
         images = sd.text_to_image(
-            list(prompts[start : start + BATCH]), num_inference_steps=steps, guidance_scale=guidance, sampler=sampler,
-            seed=seed + start, output_type="pt", progress=False,
-        ).images  # fmt: skip
+            list(prompts[start : start + BATCH]),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler,
+            seed=seed + start,
+            output_type="pt",
+            progress=False,
+        ).images
         for name, values in see(probe, to_bytes(images) / 127.5 - 1).items():
             seen[name].append(values)
     zorb, striped, color = (torch.cat(seen[name]) for name in HEADS)

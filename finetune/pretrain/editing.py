@@ -17,12 +17,14 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from finetune.pretrain.pictures import SIZE
 from finetune.pretrain.probe import Probe, load_probe, look
-from finetune.pretrain.raycast import render
-from finetune.pretrain.tabletop import COLORS, SHAPES, TABLES, sample_scenes, single_prompt
-from sdkit.image import grid, to_pil
-from sdkit.pipeline import MODELS, StableDiffusion
+from finetune.pretrain.world.captions import COLORS, SHAPES, TABLES, sample_scenes, single_prompt
+from finetune.pretrain.world.pictures import SIZE
+from finetune.pretrain.world.raycast import render
+from sdkit.checkpoints.loading import MODELS
+from sdkit.images.pixels import to_pil
+from sdkit.images.sheet import grid
+from sdkit.stable_diffusion import StableDiffusion
 
 SCENE_SEED = 4_000_001
 STRENGTHS = (0.0, 0.2, 0.5, 0.8, 1.0)
@@ -85,9 +87,15 @@ def share(seen: list[Pair | None], wanted: list[Pair]) -> float:
 def inpaint(sd: StableDiffusion, which: Cases, seed: int, steps: int, guidance: float) -> list[Image.Image]:
     """The cases, their boxes repainted."""
     return sd.inpaint(
-        which.prompts, which.pictures, which.masks, num_inference_steps=steps, guidance_scale=guidance, seed=seed,
-        progress=False, max_batch_size=50,
-    ).images  # fmt: skip
+        which.prompts,
+        which.pictures,
+        which.masks,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+        progress=False,
+        max_batch_size=50,
+    ).images
 
 
 def kept_are_identical(which: Cases, images: list[Image.Image]) -> bool:
@@ -107,11 +115,17 @@ def along_strength(
     """The cases by image-to-image at each of STRENGTHS."""
     return {
         strength: sd.image_to_image(
-            which.prompts, which.pictures, strength, num_inference_steps=steps, guidance_scale=guidance, seed=seed,
-            progress=False, max_batch_size=50,
+            which.prompts,
+            which.pictures,
+            strength,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            progress=False,
+            max_batch_size=50,
         ).images
         for strength in STRENGTHS
-    }  # fmt: skip
+    }
 
 
 def difference(which: Cases, images: list[Image.Image]) -> float:

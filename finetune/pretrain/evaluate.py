@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from finetune.pretrain.autoencoder import test_psnr
 from finetune.pretrain.clip import retrieval
-from finetune.pretrain.pictures import SIZE
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
-from finetune.pretrain.tabletop import (
+from finetune.pretrain.world.captions import (
     COLORS,
     HELD_OUT,
     MATERIALS,
@@ -37,8 +36,10 @@ from finetune.pretrain.tabletop import (
     pair_prompt,
     sample_scenes,
 )
-from sdkit.image import grid
-from sdkit.pipeline import MODELS, StableDiffusion
+from finetune.pretrain.world.pictures import SIZE
+from sdkit.checkpoints.loading import MODELS
+from sdkit.images.sheet import grid
+from sdkit.stable_diffusion import StableDiffusion
 
 PROMPT_SEED = 2_000_001
 BATCH = 50
@@ -110,7 +111,7 @@ def single(prompts: Sequence[str], scenes: Scenes, verdicts: Sequence[Verdict]) 
 
 
 def _synonyms(word: str) -> tuple[str, ...]:
-    from finetune.pretrain.tabletop import WORDS
+    from finetune.pretrain.world.captions import WORDS
 
     return WORDS[word]
 
@@ -176,7 +177,7 @@ def reconstruct_clip(model: Path) -> tuple[Any, Any]:
     from safetensors.torch import load_file
 
     from finetune.pretrain.clip import build
-    from sdkit.text import load_tokenizer
+    from sdkit.prompts.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model / "tokenizer")
     clip = build(tokenizer)

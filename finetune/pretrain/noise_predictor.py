@@ -23,19 +23,22 @@ from tqdm import tqdm
 import sdkernels
 from finetune.pretrain.autoencoder import load_vae
 from finetune.pretrain.clip import load_text_encoder, tokenize
-from finetune.pretrain.pictures import SIZE, Pictures, training_pictures
-from finetune.pretrain.tabletop import captions
 from finetune.pretrain.training import MovingAverage, Recipe, autocast, generator, save_atomically, train
-from sdkit.checkpoint import Components, load_folder, save_folder
-from sdkit.config import UNetConfig
-from sdkit.denoise import denoise
-from sdkit.guidance import Guidance
-from sdkit.image import grid, to_pil
-from sdkit.plan import make_plan
-from sdkit.schedule import NoiseSchedule
-from sdkit.text import load_tokenizer, pooled
-from sdkit.unet import UNet2DConditionModel
-from sdkit.vae import AutoencoderKL
+from finetune.pretrain.world.captions import captions
+from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from sdkit.checkpoints.components import Components
+from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
+from sdkit.images.pixels import to_pil
+from sdkit.images.sheet import grid
+from sdkit.networks.config import UNetConfig
+from sdkit.networks.text_encoder import pooled
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.networks.vae import AutoencoderKL
+from sdkit.prompts.tokenizer import load_tokenizer
+from sdkit.sampling.guidance import Guidance
+from sdkit.sampling.plan import denoise
+from sdkit.sampling.planning import make_plan
+from sdkit.sampling.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from finetune.pretrain.pictures import SIZE, training_pictures
-from finetune.pretrain.tabletop import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, render, sample_scenes
 from finetune.pretrain.training import Recipe, autocast, generator, train
-from sdkit.weights import give_weights, read_state, write_state
+from finetune.pretrain.world.captions import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, render, sample_scenes
+from finetune.pretrain.world.pictures import SIZE, training_pictures
+from sdkit.checkpoints.components import give_weights
+from sdkit.checkpoints.tensors import read_state, write_state
 
 WEIGHTS = Path(__file__).parent / "probe.safetensors"
 SLOTS, WIDTH = 3, 128
@@ -131,11 +132,13 @@ def accuracy(probe: Probe, count: int = 2048) -> dict[str, float]:
         for i, verdict in enumerate(look(probe, render(scenes, SIZE).images * 2 - 1)):
             truth = [
                 {
-                    "shape": SHAPES[scenes.shape[i, k]], "color": COLORS[scenes.color[i, k]],
-                    "size": SIZES[scenes.size[i, k]], "material": MATERIALS[scenes.material[i, k]],
+                    "shape": SHAPES[scenes.shape[i, k]],
+                    "color": COLORS[scenes.color[i, k]],
+                    "size": SIZES[scenes.size[i, k]],
+                    "material": MATERIALS[scenes.material[i, k]],
                 }
                 for k in range(int(scenes.count[i]))
-            ]  # fmt: skip
+            ]
             right["count"].append(len(verdict.objects) == len(truth))
             right["table"].append(verdict.table == TABLES[scenes.table[i]])
             seen = verdict.objects + [{}] * (SLOTS - len(verdict.objects))

@@ -18,11 +18,19 @@ def raw(device: str, cuda: str | None, ours: float = 10.0) -> dict[str, Any]:
         times = {"20": 0.9 * median, "50": median, "80": 1.2 * median}
         return {
             "extra_info": {
-                "op": "geglu", "case": case, "direction": "forward", "implementation": name, "microseconds": times,
-                "bytes": 24_000_000, "flops": 0, "copy": 3e12, "matrix": {"float16": 8e14}, "machine": machine,
+                "op": "geglu",
+                "case": case,
+                "direction": "forward",
+                "implementation": name,
+                "microseconds": times,
+                "bytes": 24_000_000,
+                "flops": 0,
+                "copy": 3e12,
+                "matrix": {"float16": 8e14},
+                "machine": machine,
                 "peak_memory": 5e6,
             }
-        }  # fmt: skip
+        }
 
     entries = [entry("a", "ours", ours), entry("a", "eager", 30.0), entry("a", "compiled", 20.0)]
     entries += [entry("b", "ours", ours), entry("b", "eager", 5.0)]

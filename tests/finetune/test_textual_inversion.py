@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from finetune.cache import weights_hash
-from finetune.checkpoints import load_state, saved_states
-from finetune.data import Batch
-from finetune.loop import TrainConfig, make_accelerator, train
-from finetune.losses import DiffusionLoss, LossConfig, draw_noise
+from finetune.data.batches import Batch
+from finetune.data.cache import weights_hash
+from finetune.recipe.diffusion_loss import DiffusionLoss, LossConfig, draw_noise
 from finetune.seeds import seeded
 from finetune.textual_inversion import LearnedWord, initial_vectors, vocabulary_norm
 from finetune.train_textual_inversion import (
@@ -28,9 +26,11 @@ from finetune.train_textual_inversion import (
     fill_templates,
     learned_word,
 )
+from finetune.training.loop import TrainConfig, make_accelerator, train
+from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
+from sdkit.checkpoints.textual_inversion import load_textual_inversion
 from sdkit.errors import ConfigError
-from sdkit.textual_inversion import load_textual_inversion
 from tests.conftest import draw, relative_error
 from tests.finetune import tiny, toy
 from tests.finetune.test_train_lora import call
@@ -188,10 +188,31 @@ def test_vectors_train_in_float32_under_an_encoder_in_bfloat16():
 def test_a_folder_of_pictures_becomes_a_word(pictures: Path, tmp_path: Path):
     output = tmp_path / "run"
     printed = call(
-        ("--data", pictures, "--output", output, *NEW, "--vectors", 2, *QUICK, "--learning-rate", 0.05,
-         "--train-batch-size", 2, "--checkpointing-steps", 2, "--gradient-checkpointing", "--ema-decay", 0.5,
-         "--validation-prompt", "a blue <zorb>", "--max-norm", 1), app,
-    )  # fmt: skip
+        (
+            "--data",
+            pictures,
+            "--output",
+            output,
+            *NEW,
+            "--vectors",
+            2,
+            *QUICK,
+            "--learning-rate",
+            0.05,
+            "--train-batch-size",
+            2,
+            "--checkpointing-steps",
+            2,
+            "--gradient-checkpointing",
+            "--ema-decay",
+            0.5,
+            "--validation-prompt",
+            "a blue <zorb>",
+            "--max-norm",
+            1,
+        ),
+        app,
+    )
     assert "<zorb>, 2 vector(s) that begin as 'torus'" in printed and "256 parameters in 1 tensors" in printed
     assert "activations" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/zorb.pt"):
@@ -214,9 +235,28 @@ def test_a_folder_of_pictures_becomes_a_word(pictures: Path, tmp_path: Path):
 
 
 def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactly(pictures: Path, tmp_path: Path):
-    options = ("--data", pictures, *NEW, "--vectors", 2, *QUICK, "--num-validation-images", 0, "--ema-decay", 0.5,
-               "--learning-rate", 0.01, "--max-norm", 2, "--clip-skip", 1,
-               "--templates", "a {}", "--templates", "the {}")  # fmt: skip
+    options = (
+        "--data",
+        pictures,
+        *NEW,
+        "--vectors",
+        2,
+        *QUICK,
+        "--num-validation-images",
+        0,
+        "--ema-decay",
+        0.5,
+        "--learning-rate",
+        0.01,
+        "--max-norm",
+        2,
+        "--clip-skip",
+        1,
+        "--templates",
+        "a {}",
+        "--templates",
+        "the {}",
+    )
     call((*options, "--output", tmp_path / "a"), app)
     toy.forget_accelerate()
     call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--max-train-steps", 2), app)

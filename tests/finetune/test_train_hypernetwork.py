@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from finetune.checkpoints import load_state, saved_states
-from finetune.hypernetwork import Hypernetwork, read_hypernetwork
-from finetune.hypernetwork_chain import list_hypernetworks, load_hypernetwork
+from finetune.hypernetwork.attach import list_hypernetworks, load_hypernetwork
+from finetune.hypernetwork.files import read_hypernetwork
+from finetune.hypernetwork.network import Hypernetwork
 from finetune.train_hypernetwork import HypernetworkModel, HypernetworkOptions, HypernetworkTraining, app, hypernetwork
+from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from tests.finetune import toy
-from tests.finetune.test_hypernetwork import check_like_a1111
+from tests.finetune.hypernetwork.test_network import check_like_a1111
 from tests.finetune.test_train_lora import call
 from tests.finetune.tiny import model
 
@@ -23,9 +24,23 @@ QUICK = ("--max-train-steps", 3, "--lr-warmup-steps", 1, "--num-inference-steps"
 def test_a_folder_of_pictures_becomes_a_hypernetwork(pictures: Path, tmp_path: Path):
     output = tmp_path / "fur"
     printed = call(
-        ("--data", pictures, "--output", output, *QUICK, "--num-validation-images", 1, "--learning-rate", 0.01,
-         "--gradient-checkpointing", "--checkpointing-steps", 2, "--no-whiten"), app,
-    )  # fmt: skip
+        (
+            "--data",
+            pictures,
+            "--output",
+            output,
+            *QUICK,
+            "--num-validation-images",
+            1,
+            "--learning-rate",
+            0.01,
+            "--gradient-checkpointing",
+            "--checkpointing-steps",
+            2,
+            "--no-whiten",
+        ),
+        app,
+    )
     assert f"{4 * (128 * 256) + 2 * (128 + 256):,} parameters in 8 tensors" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/hypernetwork.pt"):
         assert (output / name).is_file(), name
@@ -47,11 +62,38 @@ def test_a_folder_of_pictures_becomes_a_hypernetwork(pictures: Path, tmp_path: P
 
 def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactly(pictures: Path, tmp_path: Path):
     options = (
-        "--data", pictures, *QUICK, "--num-validation-images", 0, "--ema-decay", 0.5, "--caption-dropout", 0.5,
-        "--widths", 128, "--widths", 160, "--layer-structure", 1, "--layer-structure", 0.5, "--layer-structure", 1,
-        "--activation-func", "tanh", "--weight-initialization", "Normal", "--is-layer-norm", "--activate-output",
-        "--dropout-structure", 0, "--dropout-structure", 0.2, "--dropout-structure", 0,
-    )  # fmt: skip
+        "--data",
+        pictures,
+        *QUICK,
+        "--num-validation-images",
+        0,
+        "--ema-decay",
+        0.5,
+        "--caption-dropout",
+        0.5,
+        "--widths",
+        128,
+        "--widths",
+        160,
+        "--layer-structure",
+        1,
+        "--layer-structure",
+        0.5,
+        "--layer-structure",
+        1,
+        "--activation-func",
+        "tanh",
+        "--weight-initialization",
+        "Normal",
+        "--is-layer-norm",
+        "--activate-output",
+        "--dropout-structure",
+        0,
+        "--dropout-structure",
+        0.2,
+        "--dropout-structure",
+        0,
+    )
     call((*options, "--output", tmp_path / "a"), app)
     toy.forget_accelerate()
     call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--max-train-steps", 2), app)
@@ -59,9 +101,11 @@ def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactl
     call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b"), app)  # goes on for one step
     a, b = (read_hypernetwork(tmp_path / run / "hypernetwork.pt") for run in "ab")
     assert all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
-    assert a.settings == b.settings == Hypernetwork(
-        [128, 160], (1, 0.5, 1), "tanh", "Normal", True, True, (0, 0.2, 0)
-    ).settings  # fmt: skip
+    assert (
+        a.settings
+        == b.settings
+        == Hypernetwork([128, 160], (1, 0.5, 1), "tanh", "Normal", True, True, (0, 0.2, 0)).settings
+    )
     assert a.widths == [128, 160] and not (tmp_path / "a" / "samples").exists()
     average = load_state(saved_states(tmp_path / "a")[-1])["average"]
     for key, value in a.state_dict().items():  # the whitening lies in the first layer, in each as it trained

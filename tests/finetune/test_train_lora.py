@@ -20,14 +20,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 import finetune
-from finetune.checkpoints import load_state, saved_states
-from finetune.data import DataConfig
-from finetune.folders import read_folder
-from finetune.loop import TrainConfig
-from finetune.losses import LossConfig
-from finetune.options import command, to_toml
-from finetune.runs import RECOMPUTED, SampleConfig, make_class_pictures
+from finetune.data.batches import DataConfig
+from finetune.data.folders import read_folder
+from finetune.recipe.command_line import command, to_toml
+from finetune.recipe.diffusion_loss import LossConfig
+from finetune.recipe.run import RECOMPUTED, SampleConfig, make_class_pictures
 from finetune.train_lora import LoraModel, LoraOptions, add_adapter, app, rate_factor
+from finetune.training.loop import TrainConfig
+from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError, SDKitError
 from tests.finetune import toy
@@ -62,13 +62,37 @@ def pictures(tmp_path: Path) -> Path:
 def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
     output = tmp_path / "run"
     options = (
-        "--data", pictures, "--output", output, *QUICK, "--snr-gamma", 5, "--noise-offset", 0.05, "--random-flip",
-        "--learning-rate", 0.01, "--rank", 2, "--gradient-checkpointing", "--checkpointing-steps", 2,
-    )  # fmt: skip
+        "--data",
+        pictures,
+        "--output",
+        output,
+        *QUICK,
+        "--snr-gamma",
+        5,
+        "--noise-offset",
+        0.05,
+        "--random-flip",
+        "--learning-rate",
+        0.01,
+        "--rank",
+        2,
+        "--gradient-checkpointing",
+        "--checkpointing-steps",
+        2,
+    )
     printed = call(options)
     assert "2: 1 of 64×64, 1 of 48×80" in printed and "15,872 parameters" in printed
-    for name in ("lora.safetensors", "report.md", "loss.png", "losses.csv", "config.toml", "samples/step-000000.png",
-                 "samples/step-000003.png", "checkpoint-2/lora.safetensors", "checkpoint-3/state.pt"):  # fmt: skip
+    for name in (
+        "lora.safetensors",
+        "report.md",
+        "loss.png",
+        "losses.csv",
+        "config.toml",
+        "samples/step-000000.png",
+        "samples/step-000003.png",
+        "checkpoint-2/lora.safetensors",
+        "checkpoint-3/state.pt",
+    ):
         assert (output / name).is_file(), name
     before, after = (Image.open(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
     assert before != after
@@ -85,10 +109,25 @@ def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
 
 def test_the_written_config_makes_the_run_again(pictures: Path, tmp_path: Path):
     options = (
-        "--data", pictures, *QUICK, "--num-validation-images", 0, "--ema-decay", 0.5, "--train-text-encoder",
-        "--text-encoder-lr", 1e-3, "--loraplus-lr-ratio", 4, "--targets", "to_k", "--targets", "v_proj",
-        "--caption-dropout", 0.5,
-    )  # fmt: skip
+        "--data",
+        pictures,
+        *QUICK,
+        "--num-validation-images",
+        0,
+        "--ema-decay",
+        0.5,
+        "--train-text-encoder",
+        "--text-encoder-lr",
+        1e-3,
+        "--loraplus-lr-ratio",
+        4,
+        "--targets",
+        "to_k",
+        "--targets",
+        "v_proj",
+        "--caption-dropout",
+        0.5,
+    )
     rates: set[float] = set()
     hook = register_optimizer_step_pre_hook(lambda o, *_: rates.update(group["lr"] for group in o.param_groups))
     try:
@@ -126,12 +165,26 @@ def test_options_reach_what_they_are_for(pictures: Path, tmp_path: Path, monkeyp
     def started(accelerator, loss, batches, config, output, **arguments):
         raise Started(loss, batches, config, output, arguments)
 
-    monkeypatch.setattr("finetune.runs.train", started)
+    monkeypatch.setattr("finetune.recipe.run.train", started)
     options = (
-        "--data", pictures, "--output", tmp_path / "run", "--cache-dir", tmp_path / "cache",
-        "--snr-gamma", 5, "--noise-offset", 0.1, "--gradient-checkpointing", "--learning-rate", 0.5,
-        "--clip-skip", 1, "--train-batch-size", 2,
-    )  # fmt: skip
+        "--data",
+        pictures,
+        "--output",
+        tmp_path / "run",
+        "--cache-dir",
+        tmp_path / "cache",
+        "--snr-gamma",
+        5,
+        "--noise-offset",
+        0.1,
+        "--gradient-checkpointing",
+        "--learning-rate",
+        0.5,
+        "--clip-skip",
+        1,
+        "--train-batch-size",
+        2,
+    )
     identities = []
     for more in ((), ("--no-gradient-checkpointing", "--clip-skip", 0, "--validation-prompt", "x")):
         toy.forget_accelerate()
@@ -197,10 +250,32 @@ def test_under_the_bases_own_target_prior_pictures_cost_nothing_at_first(name: s
     for kind in ("base", "picture"):
         output = tmp_path / kind
         printed = call(
-            ("--data", pictures, "--class-data", tmp_path / "class", "--prior-loss-weight", 1e9, "--prior-target", kind,
-             "--output", output, "--max-train-steps", 3, "--num-validation-images", 0, "--train-batch-size", 4,
-             "--learning-rate", 1e-3, "--lr-warmup-steps", 0, "--logging-steps", 1), program,
-        )  # fmt: skip
+            (
+                "--data",
+                pictures,
+                "--class-data",
+                tmp_path / "class",
+                "--prior-loss-weight",
+                1e9,
+                "--prior-target",
+                kind,
+                "--output",
+                output,
+                "--max-train-steps",
+                3,
+                "--num-validation-images",
+                0,
+                "--train-batch-size",
+                4,
+                "--learning-rate",
+                1e-3,
+                "--lr-warmup-steps",
+                0,
+                "--logging-steps",
+                1,
+            ),
+            program,
+        )
         frozen[kind] = printed.split("(frozen ")[1].split(",")[0]
         rows = (output / "losses.csv").read_text().splitlines()[1:]
         losses[kind] = [float(row.split(",")[1]) for row in rows]
@@ -215,7 +290,7 @@ def test_the_bases_own_target_needs_prior_pictures_and_no_fsdp(
 ):
     options = ("--data", pictures, "--output", tmp_path / "run", "--prior-target", "base")
     assert "prior_target: expected a class_data" in call(options, status=1)
-    monkeypatch.setattr("finetune.runs.make_accelerator", lambda config: SimpleNamespace(is_fsdp2=True))
+    monkeypatch.setattr("finetune.recipe.run.make_accelerator", lambda config: SimpleNamespace(is_fsdp2=True))
     assert "expected picture under FSDP" in call((*options, "--class-data", pictures), status=1)
 
 
@@ -244,8 +319,9 @@ def parsed(arguments: Sequence[object], status: int = 0) -> tuple[Things, More] 
 def test_options_become_dataclasses():
     assert parsed(["--needed", "p"]) == (Things(Path("p")), More())
     assert parsed(["--needed", "p", "--many", "a", "--many", "b", "--share", "1", "--on"]) == (
-        Things(Path("p"), ("a", "b"), 1.0), More(True),
-    )  # fmt: skip
+        Things(Path("p"), ("a", "b"), 1.0),
+        More(True),
+    )
 
 
 def test_the_file_gives_defaults(tmp_path: Path):
@@ -253,8 +329,9 @@ def test_the_file_gives_defaults(tmp_path: Path):
     file.write_text('needed = "p"\n[tables]\nmany = ["a", "b"]\n[tables.deep]\non = true\nshare = 2\n')
     assert parsed(["--config", file]) == (Things(Path("p"), ("a", "b"), 2.0), More(True))
     assert parsed(["--share", 3, "--config", file, "--no-on", "--many", "c"]) == (
-        Things(Path("p"), ("c",), 3.0), More(False),
-    )  # fmt: skip
+        Things(Path("p"), ("c",), 3.0),
+        More(False),
+    )
     every = (Things(Path("q"), (), 0.5), More(True))
     file.write_text(to_toml(*every), encoding="utf-8")
     assert parsed(["--config", file]) == every
@@ -262,9 +339,13 @@ def test_the_file_gives_defaults(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("nedeed = 1\nwrong = 2", "unknown options nedeed, wrong"), ("a = ", "cannot be read as TOML"),
-     ("[a]\non = true\n[b]\non = true", "on is given twice"), ("needed = 'p'\nshare = 'x'", "share")],
-)  # fmt: skip
+    [
+        ("nedeed = 1\nwrong = 2", "unknown options nedeed, wrong"),
+        ("a = ", "cannot be read as TOML"),
+        ("[a]\non = true\n[b]\non = true", "on is given twice"),
+        ("needed = 'p'\nshare = 'x'", "share"),
+    ],
+)
 def test_a_wrong_file_is_a_clear_error(tmp_path: Path, content: str, message: str):
     (tmp_path / "run.toml").write_text(content)
     assert message in " ".join(str(parsed(["--config", tmp_path / "run.toml"], status=2)).replace("│", " ").split())
@@ -302,7 +383,7 @@ def random_model(name, device, dtype):
         UNet2DConditionModel.from_config(preset["unet"]), AutoencoderKL.from_config(preset["vae"]),
         build_text_encoder(preset["text_encoder"]), clip_tokenizer(), preset["scheduler"]))
 
-finetune.runs.load_model = random_model
+finetune.recipe.run.load_model = random_model
 import sys
 app(sys.argv[1:])
 """

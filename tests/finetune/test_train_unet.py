@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finetune.checkpoints import load_state, saved_states
 from finetune.train_unet import UNetModel, UNetOptions, app, unfreeze, untrained
+from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError
 from tests.finetune import toy
@@ -18,8 +18,18 @@ from tests.finetune.tiny import model
 
 @pytest.mark.parametrize(("targets", "trained"), [("cross_attention", "attn2."), (r"attn2\.to_[kv]$", "attn2.to_")])
 def test_only_what_is_named_changes(pictures: Path, tmp_path: Path, targets: str, trained: str):
-    options = ("--data", pictures, "--targets", targets, "--max-train-steps", 3, "--num-validation-images", 0,
-               "--learning-rate", 1e-3)  # fmt: skip
+    options = (
+        "--data",
+        pictures,
+        "--targets",
+        targets,
+        "--max-train-steps",
+        3,
+        "--num-validation-images",
+        0,
+        "--learning-rate",
+        1e-3,
+    )
     call((*options, "--output", tmp_path / "a"), app)
     base, after = (StableDiffusion.from_pretrained(name) for name in ("tabletop", tmp_path / "a" / "model"))
     before, weights = base.unet.state_dict(), after.unet.state_dict()

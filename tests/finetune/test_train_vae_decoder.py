@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
-from finetune.cache import LatentCache
-from finetune.checkpoints import load_state, saved_states
-from finetune.metrics import measure
+from finetune.data.cache import LatentCache
 from finetune.pretrain.concept import write_concept_folder
 from finetune.train_vae_decoder import (
     RECOMPUTED,
@@ -31,20 +29,31 @@ from finetune.train_vae_decoder import (
     training_data,
     validation_views,
 )
+from finetune.training.states import load_state, saved_states
+from finetune.vae_decoder.metrics import measure
 from sdkit import AutoencoderKL
-from sdkit.checkpoint import save_folder
+from sdkit.checkpoints.diffusers_folder import save_folder
+from sdkit.checkpoints.loading import MODELS
+from sdkit.checkpoints.single_file import save_single_file
+from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
 from sdkit.errors import CheckpointError
-from sdkit.pipeline import MODELS
-from sdkit.single_file import load_vae_file, save_single_file, save_vae_file
 from tests.conftest import draw, draw_weights
 from tests.finetune import toy
-from tests.finetune.test_metrics import Inception
-from tests.finetune.test_perceptual import files
 from tests.finetune.test_train_lora import call
 from tests.finetune.tiny import VAE, model
+from tests.finetune.vae_decoder.test_metrics import Inception
+from tests.finetune.vae_decoder.test_perceptual import files
 
-GAN = ("--discriminator-weight", 0.5, "--discriminator-channels", 4, "--discriminator-layers", 1,
-       "--discriminator-start", 2)  # fmt: skip
+GAN = (
+    "--discriminator-weight",
+    0.5,
+    "--discriminator-channels",
+    4,
+    "--discriminator-layers",
+    1,
+    "--discriminator-start",
+    2,
+)
 
 
 @pytest.fixture
@@ -76,10 +85,29 @@ def reconstruction(vae: Any, x: Tensor) -> Tensor:
 def test_a_folder_of_pictures_becomes_a_vae_that_diffusers_reads(pictures: Path, tmp_path: Path):
     output = tmp_path / "run"
     printed = call(
-        ("--data", pictures, "--output", output, "--resolution", 32, "--max-train-steps", 3, "--learning-rate", 1e-3,
-         "--checkpointing-steps", 2, "--num-validation-images", 2, "--train-batch-size", 2, "--logging-steps", 1,
-         "--gradient-checkpointing"), app,
-    )  # fmt: skip
+        (
+            "--data",
+            pictures,
+            "--output",
+            output,
+            "--resolution",
+            32,
+            "--max-train-steps",
+            3,
+            "--learning-rate",
+            1e-3,
+            "--checkpointing-steps",
+            2,
+            "--num-validation-images",
+            2,
+            "--train-batch-size",
+            2,
+            "--logging-steps",
+            1,
+            "--gradient-checkpointing",
+        ),
+        app,
+    )
     assert "1,049,303 parameters" in printed and "3: 2 of 32×32, 1 of 40×24" in printed and "MS-SSIM" not in printed
     assert "mse + 0.1 (1 - multi-scale SSIM)" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/vae.safetensors"):
@@ -87,16 +115,20 @@ def test_a_folder_of_pictures_becomes_a_vae_that_diffusers_reads(pictures: Path,
     before, after = (Image.open(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
     assert before != after
 
-    base, trained = load_vae("tabletop"), load_vae_file(output / "vae.safetensors")
+    base, trained = load_vae("tabletop", dtype=torch.float32), load_vae_file(output / "vae.safetensors")
     state, old = trained.state_dict(), base.state_dict()
     assert all(torch.equal(state[k], old[k]) == (is_encoder(k)) for k in state)
     average = load_state(saved_states(output)[-1])["average"]
     assert all(torch.equal(average[f"vae.{k}"], v) for k, v in state.items() if not is_encoder(k))
     views = validation_views(base, DecoderData(pictures, resolution=32))
     assert len(views) == 3
-    rows = [f"| {name} | {a:.4g} | {b:.4g} |" for (name, a), b in
-            zip(*(part(measure(v, map(pixels, views))) for v, part in ((base, dict.items), (trained, dict.values))),
-                strict=True)]  # fmt: skip
+    rows = [
+        f"| {name} | {a:.4g} | {b:.4g} |"
+        for (name, a), b in zip(
+            *(part(measure(v, map(pixels, views))) for v, part in ((base, dict.items), (trained, dict.values))),
+            strict=True,
+        )
+    ]
     report = (output / "report.md").read_text()
     assert all(row in report and row in printed for row in rows) and len(rows) == 2
     assert "3 pictures trained on" in report
@@ -110,8 +142,24 @@ def test_a_folder_of_pictures_becomes_a_vae_that_diffusers_reads(pictures: Path,
 
 
 def options_of(pictures: Path, tiny_vae: Path) -> tuple[object, ...]:
-    return ("--model", tiny_vae, "--data", pictures, "--resolution", 32, "--train-batch-size", 2, "--random-flip",
-            "--random-crops", 2, "--learning-rate", 0.01, "--discriminator-lr", 0.002, *GAN)  # fmt: skip
+    return (
+        "--model",
+        tiny_vae,
+        "--data",
+        pictures,
+        "--resolution",
+        32,
+        "--train-batch-size",
+        2,
+        "--random-flip",
+        "--random-crops",
+        2,
+        "--learning-rate",
+        0.01,
+        "--discriminator-lr",
+        0.002,
+        *GAN,
+    )
 
 
 def test_a_run_goes_on_to_the_bit(pictures: Path, tiny_vae: Path, tmp_path: Path):
@@ -151,8 +199,15 @@ def test_options_reach_what_they_are_for(
 
     monkeypatch.setattr("finetune.train_vae_decoder.train", started)
     _, vgg, weights = files(tmp_path, monkeypatch)
-    options = (*options_of(pictures, tiny_vae), "--output", tmp_path / "run", "--cache-dir", tmp_path / "cache",
-               "--gradient-accumulation-steps", 2)  # fmt: skip
+    options = (
+        *options_of(pictures, tiny_vae),
+        "--output",
+        tmp_path / "run",
+        "--cache-dir",
+        tmp_path / "cache",
+        "--gradient-accumulation-steps",
+        2,
+    )
     identities: list[dict[str, str]] = []
     for more in ((), ("--lpips-vgg", vgg, "--lpips-weights", weights, "--gradient-checkpointing")):
         toy.forget_accelerate()
@@ -168,8 +223,9 @@ def test_options_reach_what_they_are_for(
         assert len(blocks) == 7 and all(("forward" in vars(m)) == bool(more) for m in blocks)
         factor = arguments["rate_factor"]
         assert (factor("discriminator.layers.0.weight"), factor("vae.decoder.conv_in.weight")) == (
-            pytest.approx(0.2), 1,
-        )  # fmt: skip
+            pytest.approx(0.2),
+            1,
+        )
         identities.append(arguments["identity"])
     assert identities[0].keys() == {"data", "vae", "loss"} and identities[1].keys() == {*identities[0], "lpips"}
     assert identities[0]["loss"] == identities[1]["loss"]  # wherever the files lie
@@ -177,7 +233,7 @@ def test_options_reach_what_they_are_for(
 
 @pytest.mark.parametrize("latents_are", ["mean", "sample"])
 def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path, tmp_path: Path, latents_are: Any):
-    vae = load_vae(str(tiny_vae))
+    vae = load_vae(tiny_vae, dtype=torch.float32)
     config = DecoderData(pictures, random_crops=3, random_flip=True, latents=latents_are, train_batch_size=2).config()
     data = training_data(vae, config, seed=0)
     latents = LatentCache(vae, tmp_path / "cache")
@@ -202,9 +258,24 @@ def test_measures_on_pictures_apart_with_all_weights(
     (tmp_path / "other").mkdir()
     for i in range(5):
         Image.new("RGB", (16, 16), (50 * i, 90, 60)).save(tmp_path / "other" / f"{i}.png")
-    common = ("--model", tiny_vae, "--output", tmp_path / "run", "--max-train-steps", 1, "--lpips-vgg", vgg,
-              "--lpips-weights", weights, "--inception-weights", tmp_path / "inception.pt", "--resolution", 32,
-              "--num-validation-images", 3)  # fmt: skip
+    common = (
+        "--model",
+        tiny_vae,
+        "--output",
+        tmp_path / "run",
+        "--max-train-steps",
+        1,
+        "--lpips-vgg",
+        vgg,
+        "--lpips-weights",
+        weights,
+        "--inception-weights",
+        tmp_path / "inception.pt",
+        "--resolution",
+        32,
+        "--num-validation-images",
+        3,
+    )
     printed = call((*common, "--data", pictures, "--validation-data", tmp_path / "other"), app)
     assert "5 pictures not trained on" in printed and "mse + 0.1 (LPIPS)" in printed
     assert all(f"| {name} |" in printed for name in ("PSNR", "SSIM", "LPIPS", "rFID"))
@@ -217,7 +288,7 @@ def test_of_pictures_that_are_trained_on_the_first_64_are_measured(tiny_vae: Pat
         (tmp_path / folder).mkdir()
         for i in range(66):
             Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / folder / f"{i}.png")
-    vae, config = load_vae(str(tiny_vae)), DecoderData(tmp_path / "a", random_crops=3, random_flip=True)
+    vae, config = load_vae(tiny_vae, dtype=torch.float32), DecoderData(tmp_path / "a", random_crops=3, random_flip=True)
     views = validation_views(vae, config)
     assert len(views) == 64 and {(crop, flip) for _, _, crop, flip in views} == {(None, False)}
     apart = validation_views(vae, replace(config, validation_data=tmp_path / "b"))
@@ -230,11 +301,11 @@ def test_a_vae_comes_from_anything_that_holds_one(tiny_vae: Path, tmp_path: Path
     save_single_file(sd.components, tmp_path / "whole.safetensors")
     expected = sd.vae.state_dict()
     for place in ("folder", "folder/vae", "whole.safetensors", "tiny.safetensors"):
-        found = load_vae(str(tmp_path / place)).state_dict()
+        found = load_vae(tmp_path / place, dtype=torch.float32).state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found), place
-    assert all(p.dtype == torch.float32 for p in load_vae("tabletop").parameters())
+    assert all(p.dtype == torch.float32 for p in load_vae("tabletop", dtype=torch.float32).parameters())
     with pytest.raises(CheckpointError, match="nothing"):
-        load_vae(str(tmp_path / "nothing"))
+        load_vae(tmp_path / "nothing", dtype=torch.float32)
 
 
 def test_a_users_mistake_is_an_error_before_anything_starts(pictures: Path, tiny_vae: Path, tmp_path: Path):
@@ -249,8 +320,13 @@ def test_a_users_mistake_is_an_error_before_anything_starts(pictures: Path, tiny
 
 def test_help_has_every_option_in_its_panel():
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-    kinds = {"Model": DecoderModel, "Data": DecoderData, "Loss": DecoderLossConfig, "Training": DecoderTraining,
-             "Samples": DecoderSamples}  # fmt: skip
+    kinds = {
+        "Model": DecoderModel,
+        "Data": DecoderData,
+        "Loss": DecoderLossConfig,
+        "Training": DecoderTraining,
+        "Samples": DecoderSamples,
+    }
     for panel, kind in kinds.items():
         assert f"─ {panel} ─" in shown
         for f in fields(kind):
@@ -263,10 +339,27 @@ def test_an_unseen_surface_comes_out_better(tmp_path: Path):
     write_concept_folder(tmp_path / "data", 48, 0)
     write_concept_folder(tmp_path / "unseen", 24, 77)
     output = tmp_path / "run"
-    call(("--data", tmp_path / "data", "--validation-data", tmp_path / "unseen", "--output", output, "--random-flip",
-          "--max-train-steps", 40, "--learning-rate", 5e-4, "--lr-scheduler", "cosine", "--num-validation-images", 0),
-         app)  # fmt: skip
-    base, trained = load_vae("tabletop"), load_vae_file(output / "vae.safetensors")
+    call(
+        (
+            "--data",
+            tmp_path / "data",
+            "--validation-data",
+            tmp_path / "unseen",
+            "--output",
+            output,
+            "--random-flip",
+            "--max-train-steps",
+            40,
+            "--learning-rate",
+            5e-4,
+            "--lr-scheduler",
+            "cosine",
+            "--num-validation-images",
+            0,
+        ),
+        app,
+    )
+    base, trained = load_vae("tabletop", dtype=torch.float32), load_vae_file(output / "vae.safetensors")
     views = validation_views(base, DecoderData(tmp_path / "unseen"))
     before, after = (measure(vae, map(pixels, views)) for vae in (base, trained))
     assert after["PSNR"] > before["PSNR"] + 1.5 and after["SSIM"] > before["SSIM"] + 0.01

@@ -15,16 +15,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.history import History
-from finetune.loop import TrainConfig, make_accelerator, train
 from finetune.seeds import seeded
+from finetune.training.history import History
+from finetune.training.loop import TrainConfig, make_accelerator, train
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = 8  # samples of a micro-batch over all processes
 CONFIG = TrainConfig(
-    max_train_steps=12, gradient_accumulation_steps=2, learning_rate=0.05, lr_scheduler="cosine", lr_warmup_steps=2,
-    max_grad_norm=0.5, ema_decay=0.9, seed=3, mixed_precision="no", checkpointing_steps=1, logging_steps=5,
-)  # fmt: skip
+    max_train_steps=12,
+    gradient_accumulation_steps=2,
+    learning_rate=0.05,
+    lr_scheduler="cosine",
+    lr_warmup_steps=2,
+    max_grad_norm=0.5,
+    ema_decay=0.9,
+    seed=3,
+    mixed_precision="no",
+    checkpointing_steps=1,
+    logging_steps=5,
+)
 
 
 class Regression(nn.Module):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import sdkernels
-from sdkit.config import VAEConfig
-from sdkit.plan import make_plan
-from sdkit.schedule import NoiseSchedule
-from sdkit.unet import UNet2DConditionModel
-from sdkit.vae import AutoencoderKL
+from sdkit.networks.config import VAEConfig
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.networks.vae import AutoencoderKL
+from sdkit.sampling.planning import make_plan
+from sdkit.sampling.schedule import NoiseSchedule
 from tests.conftest import draw, draw_weights, relative_error
-from tests.sdkit.test_unet import TWO_LEVELS
+from tests.sdkit.networks.test_unet import TWO_LEVELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 import sdkit
-from sdkit.attention import Attention
 from sdkit.diffusers_compat import accelerate
 from sdkit.errors import ConfigError
-from sdkit.unet import UNet2DConditionModel
-from sdkit.vae import Decoder, Encoder
+from sdkit.networks.attention import Attention
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.networks.vae_blocks import Decoder, Encoder
 from tests.conftest import draw, relative_error
 from tests.sdkit.tiny import SCHEDULE, UNET, mask, model, picture, twin
 

@@ -9,20 +9,28 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import sdkit
-from sdkit.checkpoint import Components
-from sdkit.pipeline import StableDiffusion
-from sdkit.text import clip_tokenizer
+from sdkit.checkpoints.components import Components
+from sdkit.prompts.tokenizer import clip_tokenizer
+from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw_weights
 
 UNET = {
-    "sample_size": 8, "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 32,
-    "attention_head_dim": 4, "norm_num_groups": 8,
-}  # fmt: skip
+    "sample_size": 8,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
 VAE = {
-    "block_out_channels": [16, 32, 32], "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3, "norm_num_groups": 8, "sample_size": 32,
-}  # fmt: skip
+    "block_out_channels": [16, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "trailing"}
 
@@ -54,8 +62,9 @@ def twin(sd: StableDiffusion, pipeline: Any, scheduler: Any, **parts: Any) -> An
     vae.load_state_dict(sd.vae.state_dict())
     if not parts:
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    theirs = pipeline(vae=vae, text_encoder=sd.text_encoder, tokenizer=sd.tokenizer, unet=unet, scheduler=scheduler,
-                      **parts)  # fmt: skip
+    theirs = pipeline(
+        vae=vae, text_encoder=sd.text_encoder, tokenizer=sd.tokenizer, unet=unet, scheduler=scheduler, **parts
+    )
     theirs.set_progress_bar_config(disable=True)
     return theirs
 

@@ -1,0 +1,1 @@
+"""Pictures and captions for training: folders, buckets, caches, batches."""

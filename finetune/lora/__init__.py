@@ -1,0 +1,1 @@
+"""LoRA: where it goes, its layers, its files, its verbs."""

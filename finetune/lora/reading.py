@@ -1,0 +1,147 @@
+"""LoRA files of every dialect, read: diffusers', peft's and kohya's (A1111, ComfyUI); LoCon, LoHa, LoKr and DoRA.
+
+One reader takes them all, because a key is always a place in the model and a role there: places are looked up in
+a table of all their spellings (`Target.spellings`), since kohya's underscores cannot be split, and roles in ``ROLES``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from finetune.lora.families import make_update
+from finetune.lora.targets import Target
+from finetune.lora.update import LowRankUpdate, Updates
+from sdkit.checkpoints.tensors import read_state
+from sdkit.errors import CheckpointError, one_line
+from sdkit.files import read_config
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METADATA = "lora_adapter_metadata"
+
+_SINGLE = ("alpha", "lora_mid.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale",
+           "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+           "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")  # fmt: skip
+ROLES = {
+    **dict.fromkeys(("lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight", "lora_down.weight"), "down"),
+    **dict.fromkeys(("lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight", "lora_up.weight"), "up"),
+    **{name: name for name in _SINGLE},
+    "lora_mid.weight": "mid",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+"""The end of a key, and the tensor's role in its module."""
+
+
+def read_lora(path: str | Path, places: Iterable[Target]) -> Updates:
+    """The updates in a file, or in a folder of diffusers or peft, for a model that has ``places``.
+
+    Raises CheckpointError that names the file and the key when it is damaged, is no LoRA, is made for a model of other
+    modules or widths, or has a key that is not understood: none is passed over.
+    """
+    names = {spelling: target for target in places for spelling in target.spellings()}
+    updates: Updates = {}
+    for file, config in weight_files(Path(path)):
+        state, metadata = read_state(file)
+        configs = _configs_of(metadata, file) if config is None else {"unet": config, "text_encoder": config}
+        updates |= _read_state(state, configs, names, str(file))
+    return updates
+
+
+def weight_files(path: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """The weight files of a LoRA, each with its config where it is peft's."""
+    if not path.is_dir():
+        return [(path, None)]
+    configs = [file for file in (path / PEFT_CONFIG, path / "text_encoder" / PEFT_CONFIG) if file.is_file()]
+    if configs:
+        return [(_first_file(c.parent, PEFT_FILE, "adapter_model.bin"), read_config(c.parent, c.name)) for c in configs]
+    return [(_first_file(path, DIFFUSERS_FILE, "pytorch_lora_weights.bin"), None)]
+
+
+def _first_file(folder: Path, *names: str) -> Path:
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder}: no LoRA here: expected {names[0]}, in peft's case beside {PEFT_CONFIG}")
+    return found
+
+
+def _configs_of(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]]:
+    """The peft config of each network that diffusers flattened into the header; empty ones when it did not."""
+    try:
+        flat: Any = json.loads(metadata.get(METADATA, "{}"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: {METADATA} in the header is not JSON ({error})") from None
+    if not isinstance(flat, dict):
+        raise CheckpointError(f"{file}: expected an object as {METADATA} in the header, found {flat!r}")
+    values = cast("dict[str, Any]", flat)
+    networks = ("unet", "text_encoder")
+    return {n: {k.removeprefix(f"{n}."): v for k, v in values.items() if k.startswith(f"{n}.")} for n in networks}
+
+
+def _read_state(
+    state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]], names: Mapping[str, Target], where: str
+) -> Updates:
+    parts: dict[Target, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for key, tensor in state.items():
+        module, role = split_key(key)
+        target = names.get(module)
+        if role is None:
+            problems.append(f"{key} (no part of a LoRA that is known here)")
+        elif target is None:
+            problems.append(f"{key} (the model has no such module)")
+        elif role in parts.setdefault(target, {}):
+            problems.append(f"{key} (its {role} is there twice)")
+        else:
+            parts[target][role] = tensor
+    if problems or not parts:
+        first = problems[0] if problems else "the file is empty"
+        raise CheckpointError(f"{where}: {len(problems)} of {len(state)} keys are not understood, the first {first}")
+    return {target: _update(target, tensors, configs[target.network], where) for target, tensors in parts.items()}
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """A key as (module, role); the attention processors' names, diffusers' first, become those of modules."""
+    key = key.replace(".processor.", ".")
+    key = re.sub(r"self_attn\.to_(q|k|v|out)_lora\.", r"self_attn.\1_proj.lora.", key)
+    key = re.sub(r"\.to_(q|k|v)_lora\.", r".to_\1.lora.", key).replace(".to_out_lora.", ".to_out.0.lora.")
+    for end, role in ROLES.items():
+        if key.endswith(f".{end}"):
+            return key[: -len(end) - 1], role
+    return key, None
+
+
+def _update(target: Target, parts: dict[str, Tensor], config: Mapping[str, Any], where: str) -> LowRankUpdate:
+    alpha = parts.pop("alpha", None)
+
+    def scale_of(rank: int) -> float:
+        if alpha is not None:
+            return float(alpha) / rank if rank else 1.0  # LoKr of whole matrices has no rank, and ignores alpha
+        return _scale_in(config, target, rank)
+
+    try:
+        return make_update(parts, target.shape, scale_of)
+    except (CheckpointError, RuntimeError, IndexError) as error:  # torch's on tensors that do not fit each other
+        raise CheckpointError(f"{where}: {target.diffusers}: {one_line(error)}") from None
+
+
+def _scale_in(config: Mapping[str, Any], target: Target, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), by a peft config; 1 when there is none."""
+    alpha = _pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", config.get("alpha")))
+    rank = rank or int(config.get("r", 0))
+    if alpha is None or not rank:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, target: Target, default: Any) -> Any:
+    """peft's rule: the first pattern, a regular expression, that matches the end of the path from a dot on."""
+    fits = (v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", target.file_path))
+    return next(fits, default)

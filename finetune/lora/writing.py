@@ -1,0 +1,146 @@
+"""LoRA files in diffusers', peft's and kohya's formats (A1111, ComfyUI), written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from finetune.lora.reading import DIFFUSERS_FILE, METADATA, PEFT_CONFIG, PEFT_FILE
+from finetune.lora.update import Updates
+from sdkit.checkpoints.tensors import write_state
+from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.files import write_json
+
+Format = Literal["diffusers", "kohya", "peft"]
+FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "peft")
+
+
+def write_lora(
+    updates: Updates, path: str | Path, format: str = "diffusers", metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a LoRA.
+
+    diffusers: ``pytorch_lora_weights.safetensors`` in the folder ``path``, or the file if it ends in .safetensors.
+    kohya: the file ``path``, for A1111 and ComfyUI too. peft: the folder ``path`` for the UNet, and the folder
+    ``text_encoder`` in it. ``metadata`` goes into the header. Raises ConfigError for what the format cannot hold.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format: expected {', '.join(FORMATS)}, found {format!r}")
+    if not updates:
+        raise ConfigError(f"{path}: there is no adapter to write")
+    path, extra = Path(path), dict(metadata or {})
+    if format == "kohya":
+        if path.suffix != ".safetensors":
+            raise ConfigError(f"{path}: expected a name that ends in .safetensors for a file of kohya's format")
+        state, facts = _kohya_layout(updates)
+        _write(state, path, facts | extra)
+        return
+    networks = {n: {s: b for s, b in updates.items() if s.network == n} for n in ("unet", "text_encoder")}
+    networks = {n: part for n, part in networks.items() if part}
+    configs = {n: _peft_config(part) for n, part in networks.items()}
+    if format == "peft":
+        for n, part in networks.items():
+            folder = path if n == "unet" else path / n
+            _write(_peft_state(part, "peft"), folder / PEFT_FILE, extra)
+            write_json(folder / PEFT_CONFIG, configs[n] | {"peft_type": "LORA"}, sort_keys=True)
+        return
+    flat = {f"{n}.{key}": value for n, config in configs.items() for key, value in config.items()}
+    file = path if path.suffix == ".safetensors" else path / DIFFUSERS_FILE
+    _write(_peft_state(updates, "diffusers"), file, {METADATA: json.dumps(flat, sort_keys=True)} | extra)
+
+
+def _write(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be written ({one_line(error)})") from None
+    write_state(state, file, metadata=metadata)
+
+
+# The formats
+
+
+def _peft_state(updates: Updates, spelling: Literal["diffusers", "peft"]) -> dict[str, Tensor]:
+    """diffusers' and peft's keys: lora_A and lora_B, nothing else. diffusers takes the dialect of a whole file from its first key."""
+    state: dict[str, Tensor] = {}
+    for target, update in updates.items():
+        module = target.diffusers if spelling == "diffusers" else target.peft
+        state |= {f"{module}.lora_A.weight": update.down, f"{module}.lora_B.weight": update.up}
+        if update.magnitude is not None:
+            # transformers, which reads diffusers' text encoders, does not add the ".weight" that peft leaves out
+            end = ".weight" if spelling == "diffusers" and target.network == "text_encoder" else ""
+            value = update.magnitude if len(target.shape) == 2 else update.magnitude.view(1, -1, 1, 1)
+            state[f"{module}.lora_magnitude_vector{end}"] = value
+    return state
+
+
+def _peft_config(updates: Updates) -> dict[str, Any]:
+    """The LoraConfig of one network's updates: the common rank and alpha, and the modules that differ."""
+    if any(b.normalizes_columns for b in updates.values()):
+        raise ConfigError("DoRA that norms columns cannot be written for peft or diffusers, which norm rows: use kohya")
+    dora = {b.magnitude is not None for b in updates.values()}
+    if len(dora) > 1:
+        raise ConfigError("peft and diffusers take DoRA in all modules or in none: use kohya for a mixture")
+    paths = {target: target.path.removeprefix("text_model.") for target in updates}
+    ranks = {paths[target]: update.rank for target, update in updates.items()}
+    alphas = {paths[target]: _number(update.scale * update.rank) for target, update in updates.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(p): a for p, a in alphas.items() if a != alpha},
+        "target_modules": list(paths.values()),
+        "use_dora": dora == {True},
+    }
+
+
+def _kohya_layout(updates: Updates) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One alpha for the whole file, other scales folded into ``up``: diffusers mis-scales files of several alphas."""
+    alpha = _commonest(b.scale * b.rank for b in updates.values())
+    rank = _commonest(b.rank for b in updates.values())
+    state: dict[str, Tensor] = {}
+    for target, update in updates.items():
+        up = update.up * (update.scale * update.rank / alpha) if update.scale * update.rank != alpha else update.up
+        state[f"{target.kohya}.lora_down.weight"] = update.down
+        state[f"{target.kohya}.lora_up.weight"] = up
+        state[f"{target.kohya}.alpha"] = torch.tensor(float(alpha))
+        if update.magnitude is not None:
+            rows = (-1, *(1,) * (len(target.shape) - 1))
+            columns = update.normalizes_columns
+            state[f"{target.kohya}.dora_scale"] = update.magnitude if columns else update.magnitude.view(rows)
+    kernels = any(target.shape[2:].numel() > 1 for target in updates)
+    second = any(s.shape[1] == 1024 for s in updates if s.path.endswith(("attn2.to_k", "attn2.to_v")))
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    return state, {
+        "ss_v2": str(second),
+        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(_number(alpha)),
+        "ss_network_args": json.dumps({"conv_dim": str(rank), "conv_alpha": str(_number(alpha))} if kernels else {}),
+        "sshs_model_hash": _kohya_hash(state),
+    }
+
+
+def _kohya_hash(state: Mapping[str, Tensor]) -> str:
+    """A1111's hash of a LoRA: SHA-256 of the file without its header."""
+    content = save(dict(state))
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,1 @@
+"""What the training scripts on pictures and captions have in common."""

@@ -1,0 +1,201 @@
+"""Everything that changes in a training run, its optimizer step, and its way to the disk and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune.training.averaging import MovingAverage, full_tensor, in_place_of
+from finetune.training.config import TrainConfig
+from finetune.training.history import History, Row
+from finetune.training.states import load_state, remove_states, save_state, saved_states
+from sdkit.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+COSMETIC = (
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume",
+    "logging_steps",
+    "validation_steps",
+    "report_to",
+)
+"""The settings that the weights do not depend on."""
+
+
+class RunState:
+    """The number of steps done, weights, optimizer, moving average and losses.
+
+    accelerator, loss, config, output, rate_factor, export: as for `finetune.training.loop.train`. ``identity`` is what
+    the run depends on beside the settings.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        loss: nn.Module,
+        config: TrainConfig,
+        output: Path,
+        identity: Mapping[str, str],
+        rate_factor: Callable[[str], float],
+        export: Callable[[Path], None] | None,
+    ) -> None:
+        self.accelerator, self.config, self.output, self.export = accelerator, config, output, export
+        self.step, self.history = 0, History()
+        self.identity = _identity(config, accelerator) | dict(identity)
+
+        optimizer = torch.optim.AdamW(
+            _groups(loss, rate_factor),
+            config.learning_rate,
+            (config.adam_beta1, config.adam_beta2),
+            config.adam_epsilon,
+            config.adam_weight_decay,
+            fused=True,
+        )
+        self.module, self.optimizer = accelerator.prepare(loss.train(), optimizer)
+
+        self.loss = accelerator.unwrap_model(self.module)
+        self.parameters = {name: p for name, p in self.loss.named_parameters() if p.requires_grad}
+        self.average = None if config.ema_decay is None else MovingAverage(self.parameters, config.ema_decay)
+
+    def due(self, every: int) -> bool:
+        """Whether it is time for something that is done after every so many steps, and after the last one."""
+        return self.step % every == 0 or self.step == self.config.max_train_steps
+
+    def set_rate(self) -> float:
+        """Set this step's learning rate and return it."""
+        rate = self.config.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        return rate
+
+    def update(self) -> Tensor:
+        """Clip the gradients, change the weights and their average; returns the gradients' norm before clipping."""
+        largest = self.config.max_grad_norm or math.inf
+        # accelerate recognises a sharded module by the list of all its parameters.
+        norm: Any = self.accelerator.clip_grad_norm_(list(self.module.parameters()), largest)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        if self.average is not None:
+            self.average.update(self.parameters, self.step)
+        self.step += 1
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def show(self, draw: Callable[[], Image.Image]) -> Image.Image | None:
+        """Call ``draw`` while the weights so far, or their average, are in place; only the main process does.
+
+        Returns its picture, and None on the other processes.
+        """
+        sheet = None
+        if self.accelerator.is_main_process:
+            self.loss.eval()
+            with torch.no_grad(), in_place_of(self.loss, self.average.values if self.average else {}):
+                sheet = draw()
+            self.loss.train()
+
+        self.accelerator.wait_for_everyone()
+        return sheet
+
+    def save(self) -> None:
+        """Write a checkpoint; every process takes part, the main one writes."""
+        moments = {
+            name: {key: full_tensor(value) for key, value in self.optimizer.state[p].items()}
+            for name, p in self.parameters.items()
+        }
+        weights = {name: full_tensor(p) for name, p in self.parameters.items()}
+        average = {name: full_tensor(value) for name, value in self.average.values.items()} if self.average else {}
+
+        scaler = self.accelerator.scaler
+        state: dict[str, Any] = {
+            "step": self.step,
+            "identity": self.identity,
+            "weights": weights,
+            "optimizer": moments,
+            "average": average,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "history": [tuple(r) for r in self.history.rows],
+        }
+
+        if self.accelerator.is_main_process:
+            with in_place_of(self.loss, average or weights):
+                save_state(self.output, self.step, state, self.config.checkpoints_total_limit, self.export)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one; under ``resume=False`` delete them all instead."""
+        states = saved_states(self.output)
+        self.accelerator.wait_for_everyone()
+
+        if self.config.resume:
+            if states:
+                self._load(states[-1])
+            return
+
+        if self.accelerator.is_main_process:
+            remove_states(self.output)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _load(self, folder: Path) -> None:
+        state = load_state(folder)
+        _check_identity(folder, state["identity"], self.identity)
+
+        for name, p in self.parameters.items():
+            p.copy_(_placed_like(state["weights"][name], p))
+            moments = state["optimizer"][name].items()
+            self.optimizer.state[p] = {key: _placed_like(value, p) for key, value in moments}
+            if self.average is not None:
+                self.average.values[name].copy_(_placed_like(state["average"][name], p))
+
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], History([Row(*row) for row in state["history"]])
+
+
+def _groups(loss: nn.Module, factor: Callable[[str], float]) -> list[dict[str, Any]]:
+    """The optimizer's groups: parameters that require a gradient, by their factor on the learning rate."""
+    named = [(name, p) for name, p in loss.named_parameters() if p.requires_grad]
+    if not named:
+        raise ConfigError("training: no parameter requires a gradient")
+    for name, p in named:
+        if p.dtype != torch.float32:
+            raise ConfigError(f"training: expected float32 for what is trained, found {p.dtype} in {name}")
+
+    factors = sorted({factor(name) for name, _ in named})
+    return [{"params": [p for name, p in named if factor(name) == f], "factor": f} for f in factors]
+
+
+def _identity(config: TrainConfig, accelerator: Accelerator) -> dict[str, str]:
+    """The settings that the weights after a given number of steps depend on."""
+    fields = {name: value for name, value in asdict(config).items() if name not in COSMETIC}
+    if config.lr_scheduler == "constant":
+        del fields["max_train_steps"]  # such a run can go on for longer
+    fields |= {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
+    return {name: str(value) for name, value in fields.items()}
+
+
+def _check_identity(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if names:
+        differences = ", ".join(f"{name} {found.get(name)}, not {expected.get(name)}" for name in names)
+        raise CheckpointError(f"{folder}: of a run with {differences}; choose another output folder, or --no-resume")
+
+
+def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor on the parameter's device, sharded as it is (a scalar is not)."""
+    if value.dim() and hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        return distribute_tensor(value, sharded.device_mesh, sharded.placements)
+    return value.to(parameter.device)

@@ -1,0 +1,1 @@
+"""Fine-tuning the VAE's decoder: its loss, and measures of pictures."""

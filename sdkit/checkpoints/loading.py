@@ -1,0 +1,136 @@
+"""What a path is, decided here alone: a shipped model's name, a folder or a file; a whole model, or a VAE alone.
+
+A file format is one module of functions and one row in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdkit.checkpoints.components import Components
+from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
+from sdkit.checkpoints.inspection import inspect_file
+from sdkit.checkpoints.single_file import load_single_file, save_single_file
+from sdkit.checkpoints.vae_file import load_vae_file, load_vae_folder, save_vae_file, save_vae_folder
+from sdkit.errors import CheckpointError, ConfigError
+from sdkit.networks.vae import AutoencoderKL
+
+MODELS = Path(__file__).parents[1] / "models"
+"""The models that ship with us, each a diffusers folder."""
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+"""Of files that hold weights. We write the first alone."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format.
+
+    kind: does this format read what `inspect_file` calls so?
+    load(path, dtype=None, **options) and save(what, path, dtype=None): Components for a whole model, an AutoencoderKL
+        for a VAE. options: the further arguments that ``load`` takes.
+    suffix: of what it writes; "" for a folder.
+    """
+
+    name: str
+    reads: Callable[[str], bool]
+    load: Callable[..., Any]
+    save: Callable[..., None]
+    suffix: str = ""
+    options: tuple[str, ...] = ()
+
+
+FORMATS = (
+    Format(
+        "diffusers folder",
+        lambda kind: kind == "diffusers folder",
+        load_folder,
+        save_folder,
+        options=("variant",),
+    ),
+    Format(
+        "single file",
+        lambda kind: kind.endswith("single file") and not kind.startswith("SDXL"),
+        load_single_file,
+        save_single_file,
+        suffix=".safetensors",
+        options=("preset", "prediction_type", "use_ema"),
+    ),
+)
+"""Of whole models."""
+
+VAE_FORMATS = (
+    Format("VAE folder", lambda kind: kind.endswith("AutoencoderKL"), load_vae_folder, save_vae_folder),
+    Format("VAE file", lambda kind: kind.startswith("VAE"), load_vae_file, save_vae_file, suffix=".safetensors"),
+)
+"""Of VAEs alone."""
+
+
+def shipped_models() -> list[str]:
+    """The names of the models that ship with us."""
+    return sorted(file.parent.name for file in MODELS.glob("*/model_index.json"))
+
+
+def find_model(model: str | Path) -> Path:
+    """The path of a shipped model's name, or the path itself. Raises CheckpointError when nothing is there."""
+    names = shipped_models()
+    path = MODELS / str(model) if str(model) in names else Path(model)
+    if not path.exists():
+        raise CheckpointError(f"{model}: no such file or folder; models that ship with sdkit: {', '.join(names)}")
+    return path
+
+
+def format_of(path: Path, formats: tuple[Format, ...] = FORMATS) -> Format | None:
+    """The format in which ``path`` is written, None for another one. Raises CheckpointError for a damaged file."""
+    kind = str(inspect_file(path)["kind"])
+    return next((known for known in formats if known.reads(kind)), None)
+
+
+def is_single_file(model: str | Path) -> bool:
+    """Whether this names a file, by its ending where nothing is there, and not a folder or a shipped model."""
+    path = Path(model)
+    return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
+
+
+def load(model: str | Path, *, dtype: torch.dtype | None = None, **options: Any) -> Components:
+    """Load a shipped model by its name, a diffusers folder or a single file; ``dtype`` None keeps the files' own.
+
+    options: of the format's ``load``; those that are None do not count. Raises CheckpointError, and ConfigError for an
+    option that this format does not take.
+    """
+    path = find_model(model)
+    chosen = FORMATS[1] if path.is_file() else FORMATS[0]
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - set(chosen.options)):
+        raise ConfigError(f"{', '.join(unknown)}: expected none, as {model} is a {chosen.name}, which says it itself")
+    return chosen.load(path, dtype=dtype, **given)
+
+
+def load_vae(model: str | Path, *, dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """Load a VAE alone, from a file or a folder, or that of a whole model. Raises CheckpointError."""
+    path = find_model(model)
+    if (path / "vae").is_dir():
+        return load_vae_folder(path / "vae", dtype=dtype)
+    if path.is_dir():
+        return load_vae_folder(path, dtype=dtype)
+    whole = format_of(path)
+    return load_vae_file(path, dtype=dtype) if whole is None else whole.load(path, dtype=dtype).vae
+
+
+def save(what: Components | AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Save a model, or a VAE alone: as a single file when ``path`` ends in .safetensors, else as a folder.
+
+    Raises CheckpointError when it cannot be written, ConfigError for the ending of another file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in SUFFIXES[1:]:
+        raise ConfigError(f"{path}: single files are written as .safetensors, not {suffix}")
+
+    formats = FORMATS if isinstance(what, Components) else VAE_FORMATS
+    chosen = next(known for known in formats if known.suffix == (suffix if suffix == ".safetensors" else ""))
+    chosen.save(what, path, dtype=dtype)

@@ -1,0 +1,131 @@
+"""Files of tensors: safetensors and pickles, read and written. A pickle that holds code is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdkit.errors import CheckpointError, one_line
+from sdkit.files import replacing
+
+
+def read_state(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors or a pickled file, on the CPU, floating-point ones cast to ``dtype``.
+
+    A pickle's tensors may lie under "state_dict"; it is read with ``weights_only=True``.
+    Raises CheckpointError when the file is missing, damaged, of another format, or holds code.
+    """
+    path = existing_file(path)
+    if is_safetensors(path):
+        read_header(path)
+        with reading(path), safe_open(path, framework="pt") as file:
+            metadata = cast("dict[str, str]", file.metadata() or {})
+            return {key: _cast(file.get_tensor(key), dtype) for key in file.keys()}, metadata  # noqa: SIM118
+    content = read_pickle(path, "cpu")
+    content = content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dict of tensors under state_dict, found {type(content).__name__}")
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors or len(tensors) < len(content):
+        found = next((f"{k!r} is a {type(v).__name__}" for k, v in content.items() if k not in tensors), "it is empty")
+        raise CheckpointError(f"{path}: expected a dict of tensors, but {found}")
+    return {key: _cast(tensor, dtype) for key, tensor in tensors.items()}, {}
+
+
+def write_state(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, under a temporary name first. Raises CheckpointError when it cannot be written."""
+    tensors = {key: _cast(value.detach(), dtype).cpu().contiguous() for key, value in state.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"format": "pt"} | dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
+def write_pickle(content: object, path: str | Path) -> None:
+    """Write tensors and plain values in torch's older form: A1111 refuses the members that newer zip files carry.
+
+    Raises CheckpointError when it cannot be written.
+    """
+    with replacing(path) as temporary:
+        torch.save(content, temporary, _use_new_zipfile_serialization=False)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def existing_file(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, {'found a folder' if path.is_dir() else 'there is none'}")
+    return path
+
+
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Turn what torch and safetensors raise on a bad file into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load raises nearly anything on bytes that are no checkpoint
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """By content: eight bytes of length, then a JSON object. A file that is neither this nor a pickle is refused."""
+    with reading(path), path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself")
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return True
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return False
+    raise CheckpointError(f"{path}: expected safetensors or a torch checkpoint, found neither")
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A safetensors header as (entry of each tensor, metadata). Raises CheckpointError when it or the file is cut."""
+    with reading(path), path.open("rb") as file:
+        size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{path}: damaged or truncated safetensors file ({size} bytes)")
+        header = cast("dict[str, Any]", json.loads(file.read(length)))
+        metadata = cast("dict[str, str]", header.pop("__metadata__", None) or {})
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path}: truncated safetensors file: expected {8 + length + end} bytes, found {size}")
+    return header, metadata
+
+
+def read_pickle(path: Path, device: str) -> dict[Any, Any]:
+    """The dict in a pickled file; on the device "meta" without its data."""
+    try:
+        with path.open("rb") as file:
+            mapped = file.read(2) == b"PK" and device == "cpu"
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except Exception as error:  # anything can be wrong with a pickle
+        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+            name = re.search(r"GLOBAL ([\w.]+)", str(error))
+            found = f" ({name[1]})" if name else ""
+            raise CheckpointError(f"{path}: the pickle holds code or objects{found}, only tensors are loaded") from None
+        raise CheckpointError(f"{path}: damaged or no torch checkpoint: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    return cast("dict[Any, Any]", content)

@@ -1,0 +1,70 @@
+"""The ``sdkit`` command: make pictures, look into files, convert checkpoints.
+
+Everything that needs torch is imported inside the commands, so that ``sdkit --help`` answers at once. A mistake
+of the user's ends in one line on stderr: exit status 2 for a wrong command line, 1 for everything else.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from sdkit.cli.files import convert, inspect
+from sdkit.cli.options import picture_command
+from sdkit.cli.pictures import make_pictures, reproduce
+from sdkit.errors import SDKitError
+from sdkit.generation.options import TASKS
+from sdkit.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line (``sys.argv`` by default) and exit: 0, 1 error, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = make_app()(args=arguments or ["--help"], prog_name="sdkit", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        message, status = _explain(error)
+        if message is None:
+            raise
+        print(f"sdkit: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def make_app() -> typer.Typer:
+    """The commands, with the options of the tasks and of the adapters that there are now."""
+    app = typer.Typer(
+        help="Latent diffusion from the command line.",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for task in TASKS.values():
+        app.command()(picture_command(task, make_pictures))
+    for command in (reproduce, convert, inspect):
+        app.command()(command)
+    return app
+
+
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"sdkit {__version__}")
+
+
+def _explain(error: Exception) -> tuple[str | None, int]:
+    """The message and exit status for an error of the user's; no message for a bug of ours."""
+    usage_message = getattr(error, "format_message", None)  # the parser's own errors
+    if usage_message is not None:
+        return usage_message() + " (see sdkit --help)", 2
+    if isinstance(error, SDKitError | OSError):
+        return str(error) or type(error).__name__, 1
+    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error)):
+        detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return f"not enough memory: use a smaller --width, --height or --num{detail}", 1
+    return None, 1

@@ -1,0 +1,209 @@
+"""The options of the commands that make pictures, and how such a command is made of a task's declaration.
+
+What a task takes is declared in `sdkit.generation.options`, which adapters there are in `sdkit.adapter_kinds`; here
+stand the model's own options, and those of what is written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from sdkit.adapter_kinds import adapter_kinds
+from sdkit.errors import ConfigError
+from sdkit.generation.options import Option, Settings, TaskKind, declarations
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _option(help: str, panel: str | None = None, *flags: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
+
+
+ModelOption = Annotated[str, _option("A model that ships with sdkit, a diffusers folder or a single file.", "Model")]
+DeviceOption = Annotated[str | None, _option("cpu, cuda, cuda:1, … (default: the GPU if there is one)", "Model")]
+DtypeOption = Annotated[Precision | None, _option("Precision of the networks.", "Model")]
+BackendOption = Annotated[str | None, _option("Kernels: auto, triton or eager.", "Model")]
+PredictionOption = Annotated[
+    str | None,
+    _option("What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample.", "Model"),
+]
+ProgressOption = Annotated[bool, _option("Show a progress bar.", "Output")]
+PromptArgument = Annotated[str, typer.Argument(help="What the picture shows.")]
+NegativeOption = Annotated[str | None, _option("What the picture must not show.")]
+VaeOption = Annotated[Path | None, _option("Another VAE: a file, a folder, or that of a whole model.", "Model")]
+EmbeddingOption = Annotated[list[Path], _option("A textual inversion, once for each.", "Model")]
+OutOption = Annotated[str, _option("A .png file (numbered when --num > 1) or a folder.", "Output")]
+StripOption = Annotated[bool, _option("Also write OUT-strip.png: the picture emerging.", "Output", "--strip")]
+MapOption = Annotated[
+    bool,
+    _option("Also write OUT-attention.png: where in the picture each word was looked at.", "Output", "--attention-map"),
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the model, and of the files that are put into it beside adapters."""
+
+    model: ModelOption = "tabletop"
+    vae: VaeOption = None
+    embedding: EmbeddingOption = ()  # type: ignore[assignment]  # typer gives a list
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    backend: BackendOption = None
+    prediction: PredictionOption = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Options of what is written."""
+
+    out: OutOption = "out.png"
+    strip: StripOption = False
+    attention_map: MapOption = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command that makes pictures was given.
+
+    arguments: those of the task's method, by its names. adapters: FILE:WEIGHT texts, by the name of their kind.
+    """
+
+    task: TaskKind
+    arguments: dict[str, Any]
+    model: ModelOptions
+    adapters: dict[str, list[str]]
+    output: OutputOptions
+
+
+def picture_command(task: TaskKind, run: Callable[[Given], None]) -> Callable[..., None]:
+    """The command of a task, as typer takes it: a function whose signature has an option for each declaration."""
+    parameters: dict[str, inspect.Parameter] = {"prompt": _parameter("prompt", PromptArgument, inspect.Parameter.empty)}
+    names = {"prompt": "prompt", "negative": "negative_prompt"}  # of the option -> of the method's argument
+
+    for argument in task.arguments:
+        flag = _python_name(argument.option)
+        kind = _file_type(argument.type) if argument.is_file else argument.type
+        default = inspect.Parameter.empty if argument.is_required else argument.default
+        names[flag] = argument.name
+        parameters[flag] = _parameter(flag, Annotated[kind, _declared(argument.option, kind)], default)
+
+    parameters["negative"] = _parameter("negative", NegativeOption, None)
+    types, defaults = _types_of_settings(), {f.name: f.default for f in fields(Settings)}
+    for name, declared in declarations(Settings).items():
+        if declared.flag is not None:
+            flag = _python_name(declared)
+            names[flag] = name
+            annotation = Annotated[_command_line_type(types[name]), _declared(declared, types[name])]
+            parameters[flag] = _parameter(flag, annotation, defaults[name])
+
+    for kind in adapter_kinds():
+        annotation = Annotated[list[str], _option("FILE or FILE:WEIGHT, once for each.", "Model")]
+        parameters[kind.name] = _parameter(kind.name, annotation, [])
+    for group in (ModelOptions, OutputOptions):
+        hints, values = get_type_hints(group, include_extras=True), vars(group())
+        parameters |= {n: _parameter(n, hints[n], list(v) if v == () else v) for n, v in values.items()}
+
+    def command(**values: Any) -> None:
+        model = ModelOptions(**{f.name: values.pop(f.name) for f in fields(ModelOptions)})
+        output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions)})
+        adapters = {kind.name: list(values.pop(kind.name)) for kind in adapter_kinds()}
+        arguments = {names[flag]: _plain(value) for flag, value in values.items()}
+        arguments["guidance_interval"] = _interval(arguments["guidance_interval"])
+        run(Given(task, _without_defaults(task, arguments), model, adapters, output))
+
+    command.__name__, command.__doc__ = task.command, task.help
+    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]  # typer reads it
+    command.__annotations__ = {p.name: p.annotation for p in parameters.values()}
+    return command
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _python_name(declared: Option) -> str:
+    """The parameter that typer makes ``--FLAG`` of."""
+    return (declared.flag or "").replace("-", "_")
+
+
+def _declared(declared: Option, kind: Any = None) -> Any:
+    """A declaration as typer takes it."""
+    both = (f"--{declared.flag}/--no-{declared.flag}",) if kind == bool | None else ()
+    whole = kind in (int, int | None)  # numbers with fractions are checked by the task, which names the argument
+    limits = {"min": declared.low, "max": declared.high} if whole else {}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    return _option(declared.help, declared.panel, *both, **given)
+
+
+def _types_of_settings() -> dict[str, Any]:
+    """The types of `Settings`; those that would need torch count as anything, for they have no place here."""
+    heavy = ("Tensor", "Classifier", "Generators", "StepCallback", "PreviewMode")
+    return get_type_hints(Settings, localns=dict.fromkeys(heavy, Any))
+
+
+def _command_line_type(kind: Any) -> Any:
+    """The type of an option: of several, the first that can be written in one word; two numbers are a text."""
+    if get_origin(kind) not in (UnionType, Union):
+        return kind
+    members = [member for member in get_args(kind) if member is not type(None)]
+    simple = next((member for member in members if member in (bool, int, float, str)), str)
+    return simple | None
+
+
+def _file_type(kind: Any) -> Any:
+    return Path | None if kind == str | None else Path
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _without_defaults(task: TaskKind, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments less those of the task that are None: the method has its own default for them."""
+    own = {argument.name for argument in task.arguments}
+    return {name: value for name, value in arguments.items() if name not in own or value is not None}
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    """LOW:HIGH; HIGH left out is infinity."""
+    if text is None:
+        return None
+    low, _, high = text.partition(":")
+    try:
+        return float(low or 0), float(high) if high else math.inf
+    except ValueError:
+        raise ConfigError(f"--interval: expected LOW:HIGH, two noise levels, found {text!r}") from None
+
+
+def file_and_weight(text: str) -> tuple[str, float]:
+    """FILE:WEIGHT; the weight is 1 when it is left out."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def find_dtype(precision: Precision | None) -> torch.dtype | None:
+    if precision is None:
+        return None
+    import torch
+
+    return getattr(torch, precision.value)

@@ -1,0 +1,153 @@
+"""Files and folders, whatever is in them: JSON, hashes, and writing under a temporary name.
+
+Everything that we write appears whole or not at all: it is written beside its place and then renamed, so that an error
+or a killed process leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sdkit.errors import CheckpointError, ConfigError, SDKitError, one_line
+
+# Reading
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Parse a JSON object; a folder stands for its config.json. Raises ConfigError that names the file."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not JSON ({error})") from None
+
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A checkpoint's JSON file. Raises CheckpointError that names it."""
+    try:
+        return read_json(folder / name)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises SDKitError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SDKitError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+# Writing
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that no other thread, process or machine takes."""
+    owner = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{owner}.tmp")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], error: type[SDKitError] = CheckpointError) -> Generator[Path]:
+    """Write to the path that this gives; at the end of the block it becomes ``path``, after an error it is removed.
+
+    Raises ``error`` when it cannot be written: no space, no permission, or a device or folder in its place.
+    """
+    target = Path(path).absolute()
+    if not target.name or (target.exists() and not target.is_file()):
+        raise error(f"{path}: cannot be written (not a regular file)")
+
+    temporary = temporary_name(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as found:  # torch.save raises RuntimeError where the disk is full
+        if isinstance(found, SDKitError):
+            raise
+        raise error(f"{path}: cannot be written ({one_line(found)})") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file in UTF-8, its line ends as they are. Raises CheckpointError when it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any], sort_keys: bool = False) -> None:
+    """Write a JSON object, indented by 2. Raises CheckpointError when it cannot be written."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=sort_keys) + "\n")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator[Path]:
+    """Fill the folder that this gives; at the end of the block it becomes ``path``, after an error it is removed.
+
+    In a folder that is there already, files of the same name are replaced and the others stay. durable: wait until all
+    of it lies on the disk before it gets its name. Raises CheckpointError when it cannot be written.
+    """
+    target = Path(path).absolute()
+    temporary = temporary_name(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        if durable:
+            _flush(temporary)
+
+        if target.exists():
+            _move_files(temporary, target)
+        else:
+            os.rename(temporary, target)
+        if durable:
+            _flush_one(target.parent)
+    except (OSError, shutil.Error) as error:
+        raise CheckpointError(f"{path}: cannot be written ({one_line(error)})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Every file of ``source`` to its place in ``target``; an index comes last, as it says that the rest is there."""
+    files = [f for f in source.rglob("*") if f.is_file()]
+    for file in sorted(files, key=lambda f: f.name == "model_index.json"):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    """Wait until the file's content, or the folder's entries, lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

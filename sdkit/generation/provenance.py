@@ -1,0 +1,83 @@
+"""How a picture was made: the facts that its metadata holds, and the arguments that make it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sdkit.errors import SDKitError
+from sdkit.files import file_hash
+from sdkit.generation.options import TASKS, Settings, declarations
+from sdkit.generation.request import Request
+from sdkit.version import __version__
+
+SHARED = (
+    "prompt",
+    "negative_prompt",
+    *(name for name, option in declarations(Settings).items() if option.remembered is not None),
+)
+"""The arguments of all tasks that the metadata holds; `TASKS` has those of each."""
+
+
+def facts_of(request: Request, index: int) -> dict[str, Any]:
+    """How image number ``index`` of a batch was made: arguments of its task by their names, and
+
+    task: its method, where that is not text_to_image; files: the SHA-256 of every file that went in; sampler: the one
+    used; dtype; version. Values are plain JSON.
+    """
+    task, settings, noise = request.task, request.settings, request.noise
+    facts: dict[str, Any] = {"task": task.name} if task.name != "text_to_image" else {}
+
+    # The words of this image.
+    row = index // settings.num_images_per_prompt
+    if request.prompts.given is not None:
+        facts["prompt"] = request.prompts.given[row]
+    facts["negative_prompt"] = request.prompts.negatives[row]
+
+    # The settings, and what came of those that the model decides.
+    facts |= {"height": task.height, "width": task.width, "sampler": request.plans[0].sampler} | settings.facts()
+    if noise.seeds and settings.latents is None:
+        facts["seed"] = noise.seeds[index]
+    if noise.variation_seeds:
+        facts["variation_seed"] = noise.variation_seeds[index]
+
+    # The task's own arguments, files by path and hash.
+    own = {argument.name for argument in TASKS[task.name].arguments}
+    facts |= {name: getattr(task, name) for name in ("strength", "mask_blur") if name in own}
+    if task.hires is not None:
+        facts |= {f"hires_{name}": value for name, value in vars(task.hires).items()}
+    paths = {name: paths[request.rows(len(paths), name)[index]] for name, paths in task.sources.items()}
+    facts |= {name: path for name, path in paths.items() if path is not None}
+    if files := {path: file_hash(path) for path in paths.values() if path is not None}:
+        facts["files"] = files
+
+    return facts | {"dtype": str(request.model.dtype).removeprefix("torch."), "version": __version__}
+
+
+def arguments_of(facts: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The method's name and the arguments that make a picture again, from what `facts_of` said.
+
+    ``where`` names the picture in errors. Raises SDKitError when something is missing, or a file is not what it was.
+    """
+    task = facts.get("task", "text_to_image")
+    if task not in TASKS:
+        raise SDKitError(f"{where}: expected one of the tasks {', '.join(TASKS)}, found {task!r}")
+
+    own = TASKS[task].arguments
+    needed = ("prompt", "seed", "num_inference_steps", *(a.name for a in own if a.is_file and a.is_required))
+    missing = [name for name in needed if name not in facts]
+    if missing:
+        raise SDKitError(f"{where}: the metadata lacks {', '.join(missing)}")
+    if "classifier" in facts:
+        raise SDKitError(f"{where}: made with the classifier {facts['classifier']}, which no metadata can hold")
+
+    for path, expected in dict(facts.get("files", {})).items():
+        found = file_hash(path)
+        if found != expected:
+            raise SDKitError(f"{path}: not the file that made {where}: expected SHA-256 {expected}, found {found}")
+
+    arguments = {name: facts[name] for name in (*SHARED, *(a.name for a in own)) if name in facts}
+    if interval := arguments.get("guidance_interval"):
+        arguments["guidance_interval"] = (interval[0], math.inf if interval[1] is None else interval[1])
+    return task, arguments

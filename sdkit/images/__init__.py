@@ -1,0 +1,1 @@
+"""Pictures, masks and depth maps, to tensors and back; sheets of pictures."""

@@ -1,0 +1,119 @@
+"""Pictures in and out: Pillow images, arrays and files to tensors and back, masks, PNG metadata, contact sheets.
+
+Inside the model a picture is a float32 tensor [B, 3, H, W] in [-1, 1]; a mask is [1, 1, H, W] with 1 where the
+picture is to be repainted.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from sdkit.errors import ConfigError, NumericalError, SDKitError
+
+ImageSource: TypeAlias = Image.Image | np.ndarray[Any, Any] | str | os.PathLike[str]
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture file completely and turn it upright (EXIF). Raises SDKitError that names the file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise SDKitError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise SDKitError(f"{path}: expected a picture (PNG, JPEG, WebP, …): {error}") from None
+
+
+def to_tensor(image: ImageSource) -> torch.Tensor:
+    """A picture as a tensor [1, 3, H, W], float32 in [-1, 1].
+
+    ``image`` is a Pillow image of any mode, the path of a file, or an array [H, W], [H, W, 1 | 3 | 4] of bool,
+    uint8, uint16 or floats in [0, 1]. EXIF orientation is applied, transparency is laid on white, grey becomes
+    three equal channels, 16 bits are kept. Raises SDKitError for anything else.
+    """
+    rgb = _rgb(image)
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))[None] * np.float32(2) - np.float32(1))
+
+
+def to_pil(images: torch.Tensor, stage: str = "VAE decoder") -> list[Image.Image]:
+    """Tensor [B, 3, H, W] in [-1, 1] (clamped, rounded to 8 bits) to Pillow images.
+
+    Raises NumericalError that names ``stage`` when a value is not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigError(f"{stage}: expected pictures [B, 3, H, W], found a tensor {list(images.shape)}")
+    images = images.detach().float()
+    bad = ~torch.isfinite(images)
+    if bad.any():
+        which = bad.flatten(1).any(1).nonzero().flatten().tolist()
+        raise NumericalError(f"{stage}: {int(bad.sum())} of {bad.numel()} values are not finite (pictures {which})")
+    bytes_ = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def mask_to_tensor(mask: ImageSource, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """A mask as a tensor [1, 1, H, W], float32, exactly 0 (keep) or 1 (repaint: white, or transparent).
+
+    Grey values from 0.5 on count as 1. ``size`` = (height, width) resizes by nearest neighbour.
+    """
+    luminance = _rgb(mask) @ np.asarray([0.299, 0.587, 0.114])
+    # Float rounding must not turn a grey of exactly one half into a kept pixel.
+    tensor = torch.from_numpy((luminance >= 0.5 - 1e-6).astype(np.float32))[None, None]
+    return tensor if size is None else torch.nn.functional.interpolate(tensor, size, mode="nearest")
+
+
+def check_size(width: int, height: int, factor: int) -> None:
+    """Raise ConfigError, with the nearest valid sizes, unless both sides are positive multiples of ``factor``."""
+    complaints: list[str] = []
+    for name, value in (("width", width), ("height", height)):
+        if value <= 0 or value % factor:
+            below = value // factor * factor
+            nearest = [str(v) for v in (below, below + factor) if v > 0] or [str(factor)]
+            complaints.append(f"{name} {value} is not a positive multiple of {factor}: use {' or '.join(nearest)}")
+    if complaints:
+        raise ConfigError("; ".join(complaints))
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale to cover width x height pixels and cut off what stands out, evenly on both sides."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _rgb(source: ImageSource) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[H, W, 3] float32 in [0, 1], transparency laid on white."""
+    if isinstance(source, np.ndarray):
+        array = _unit_floats(source)
+    else:
+        image = ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else open_image(source)
+        if image.mode.startswith("I"):  # 16-bit grey; Pillow's wider "I" holds 16-bit files too
+            array = _unit_floats(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
+        elif image.mode == "F":
+            array = _unit_floats(np.asarray(image))
+        else:
+            array = _unit_floats(np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise ConfigError(f"picture: expected an array [H, W] or [H, W, 1 | 3 | 4], found {list(array.shape)}")
+    if array.shape[2] == 4:
+        array = array[:, :, :3] * array[:, :, 3:] + (1 - array[:, :, 3:])
+    return np.broadcast_to(array, (*array.shape[:2], 3))
+
+
+def _unit_floats(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Integers by their full range, floats as they are, which must lie in [0, 1]."""
+    if array.dtype == np.bool_:
+        return array.astype(np.float32)
+    if array.dtype in (np.uint8, np.uint16):
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ConfigError(f"picture: expected bool, uint8, uint16 or float values, found {array.dtype}")
+    if array.size and not (array.min() >= 0 and array.max() <= 1):  # written so that NaN fails too
+        raise ConfigError(f"picture: expected floats in [0, 1], found {array.min():g} to {array.max():g}")
+    return array.astype(np.float32)

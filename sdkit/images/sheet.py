@@ -1,0 +1,57 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdkit.errors import ConfigError
+
+PAPER, INK = (250, 250, 248), (70, 70, 74)
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    gap: int = 8,
+    font_size: int = 12,
+) -> Image.Image:
+    """A sheet of pictures, row by row, each with its caption (wrapped to the cell's width) below it.
+
+    Cells have the size of the largest picture; smaller ones are centred. Raises ConfigError for no picture, or
+    when the numbers of captions and pictures differ.
+    """
+    if not images or columns < 1:
+        raise ConfigError(f"grid: expected pictures and columns >= 1, found {len(images)} and {columns}")
+    if captions is not None and len(captions) != len(images):
+        raise ConfigError(f"grid: {len(captions)} captions for {len(images)} pictures")
+    columns = min(columns, len(images))
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    font = ImageFont.load_default(font_size)
+    texts = [_wrap(text, font, width) for text in captions or [""] * len(images)]
+    line = round(font_size * 1.35)
+    tallest = max(text.count("\n") + 1 if text else 0 for text in texts)
+    label = tallest * line + (gap // 2 if tallest else 0)
+    rows = -(-len(images) // columns)
+    cell = (width + gap, height + label + gap)
+    sheet = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        x, y = gap + index % columns * cell[0], gap + index // columns * cell[1]
+        sheet.paste(image.convert("RGB"), (x + (width - image.width) // 2, y + (height - image.height) // 2))
+        for n, part in enumerate(text.split("\n")):
+            draw.text((x + width / 2, y + height + gap // 2 + n * line), part, INK, font, anchor="ma")
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Break between words wherever a line would be wider than ``width`` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)

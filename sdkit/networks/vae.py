@@ -1,0 +1,168 @@
+"""The autoencoder between pixels and latents (arXiv 2112.10752). Parameter names are diffusers'.
+
+Latents here are unscaled: multiply by ``config.scaling_factor`` after encoding, divide before decoding.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sdkit.errors import ConfigError
+from sdkit.networks.config import VAEConfig
+from sdkit.networks.vae_blocks import Decoder, Encoder
+from sdkit.networks.vae_tiling import TILE, decode_tiled, encode_tiled
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents; mean and logvar [B, latent channels, H / f, W / f]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * N(0, 1), the noise drawn on the generator's device."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, 1) in nats, summed over each sample: [B]."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class AutoencoderKL(nn.Module):
+    """The whole autoencoder. ``encode`` and ``decode`` work in the weights' dtype and on their device."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = _checked(config)
+        moments = 2 * config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.use_quant_conv else None
+        latent = config.latent_channels
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+
+    @classmethod
+    def from_config(cls, config: VAEConfig | Mapping[str, Any] | str | Path) -> Self:
+        """Build with random weights from a config, its dict, or the path of a diffusers config.json."""
+        return cls(_read(config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.conv_in.weight.device
+
+    def encode(self, x: Tensor, tile: int | None = None) -> Posterior:
+        """Pixels [B, 3, H, W] in [-1, 1], H and W multiples of ``config.factor`` -> the posterior over latents.
+
+        ``tile``: latent cells along the side of tiles that save memory (`sdkit.networks.vae_tiling`), without gradients.
+        """
+        h = self.encoder(x) if tile is None else encode_tiled(self.encoder, x, tile)
+        mean, logvar = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Unscaled latents [B, latent channels, h, w] -> pixels [B, 3, f h, f w], about [-1, 1], not clamped.
+
+        ``tile``: latent cells along the side of tiles that save memory (`sdkit.networks.vae_tiling`), without gradients.
+        """
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of ``x`` through the posterior's mean."""
+        return self.decode(self.encode(x).mode())
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None) -> Tensor:
+    """Pixels [B, 3, f h, f w], float32 or wider, about [-1, 1], of latents in the noise predictor's scale.
+
+    ``tiling``: tile by tile or not; None: where a picture would not fit in the free memory (`choose_tile`).
+    A float16 VAE that overflows decodes again in float32, with a warning. Values may still be non-finite.
+    """
+    z = latents / vae.config.scaling_factor
+    tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
+    pixels = vae.decode(z.to(vae.device, vae.dtype), tile)
+    if vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
+        warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=2)
+        try:
+            pixels = vae.float().decode(z.to(vae.device, torch.float32), tile)
+        finally:
+            vae.half()
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+
+
+def _read(config: VAEConfig | Mapping[str, Any] | str | Path) -> VAEConfig:
+    if isinstance(config, VAEConfig):
+        return config
+    return VAEConfig.from_dict(config) if isinstance(config, Mapping) else VAEConfig.load(config)
+
+
+def _checked(config: VAEConfig) -> VAEConfig:
+    expected = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    for key, name in expected.items():
+        types = getattr(config, key)
+        if set(types) != {name} or len(types) != len(config.block_out_channels):
+            raise ConfigError(
+                f"AutoencoderKL config: {key} must be {name} for each of the {len(config.block_out_channels)} "
+                f"block_out_channels, found {types}"
+            )
+    return config
+
+
+def choose_tile(
+    vae: AutoencoderKL, height: int, width: int, tiling: bool | None = None, budget: int | None = None
+) -> int | None:
+    """The ``tile`` for ``vae.decode`` and ``vae.encode`` of pictures of height x width pixels; None for no tiles.
+
+    tiling: True and False decide. None tiles if one picture may take more than ``budget`` bytes (`untiled_bytes`), by
+    default the memory that is free on the VAE's device.
+    """
+    if tiling is None:
+        limit = _free_bytes(vae.device) if budget is None else budget
+        tiling = untiled_bytes(vae.config, height, width, vae.dtype) > limit
+    return TILE if tiling else None
+
+
+def untiled_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
+    """The activations that one picture of height x width pixels holds at the most, encoded or decoded as a whole.
+
+    At a level's first norm that is its input, in the decoder as wide as the level below, and twice that more: normed,
+    and that with SiLU. At later norms it is the input still, and four maps of the level's own width.
+    """
+    widths = config.block_out_channels
+    levels = enumerate(zip((*widths[1:], widths[-1]), widths, strict=True))
+    values = [(below + max(2 * below, 4 * own)) * height * width // 4**i for i, (below, own) in levels]
+    return max(values) * dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Free memory, on a GPU with what PyTorch's cache holds of it; infinite where no one tells."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return math.inf
+    fields = dict(line.split(":") for line in meminfo.read_text("ascii").splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])

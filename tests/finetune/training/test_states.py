@@ -1,0 +1,104 @@
+"""States on disk: whole or absent, whenever the run is killed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.training.states import STATE, load_state, remove_states, save_state, saved_states
+from sdkit.errors import CheckpointError
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it."""
+
+
+def export(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "weights").write_text("weights")
+
+
+def test_the_last_states_are_kept_in_the_order_of_steps(tmp_path: Path):
+    for step in (2, 9, 10, 100):
+        save_state(tmp_path, step, {"step": step, "x": torch.tensor([float(step)])}, keep=2, export=export)
+    assert [p.name for p in saved_states(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+    newest = saved_states(tmp_path)[-1]
+    assert load_state(newest)["x"].tolist() == [100.0] and (newest / "adapter" / "weights").is_file()
+    save_state(tmp_path, 100, {"step": "again"}, keep=2)
+    assert load_state(newest) == {"step": "again"} and len(saved_states(tmp_path)) == 2
+    remove_states(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Reaper:
+    """Kills at one of the calls that change the disk, before it is done: Python reports each to its audit hooks."""
+
+    CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile")
+
+    def __init__(self) -> None:
+        self.remaining = -1  # inert
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, _: object) -> None:
+        if self.remaining > 0 and event in self.CALLS:
+            self.remaining -= 1
+            if self.remaining == 0:
+                raise Killed
+
+
+def test_killed_at_any_moment_there_is_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reaper, moments = Reaper(), 0
+    while True:
+        folder = tmp_path / str(moments)
+        for step in (1, 2):
+            save_state(folder, step, {"step": step}, keep=2, export=export)
+        reaper.remaining = moments + 1
+        try:
+            save_state(folder, 3, {"step": 3}, keep=2, export=export)
+        except Killed:
+            check_and_go_on(folder)
+        else:
+            break
+        moments += 1
+    reaper.remaining = -1
+    assert moments >= 15
+
+    def half(state: object, path: Path) -> None:
+        path.write_bytes(b"half a sta")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch, "save", half)
+        save_state(folder, 5, {"step": 5}, keep=2, export=export)
+    assert [load_state(p)["step"] for p in saved_states(folder)] == [2, 3]
+
+
+def check_and_go_on(folder: Path) -> None:
+    """After a kill at step 3."""
+    states = [load_state(p)["step"] for p in saved_states(folder)]
+    assert states[-2:] in ([1, 2], [2, 3]), states
+    assert all((p / "adapter" / "weights").is_file() for p in saved_states(folder))
+    save_state(folder, 4, {"step": 4}, keep=2, export=export)
+    assert len(saved_states(folder)) == 2 and len(list(folder.iterdir())) == 2
+
+
+def test_what_is_no_state_is_not_picked(tmp_path: Path):
+    assert saved_states(tmp_path / "nowhere") == []
+    for name in ("checkpoint-5.tmp", "checkpoint-x", "checkpoint-7.old.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9").write_text("a file")
+    assert saved_states(tmp_path) == []
+
+
+def test_a_damaged_state_is_a_clear_error(tmp_path: Path):
+    folder = save_state(tmp_path, 1, {"step": 1, "x": torch.zeros(1000)}, keep=2)
+    whole = (folder / STATE).read_bytes()
+    for content in (b"", b"nonsense", whole[:500]):
+        (folder / STATE).write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"checkpoint-1.state\.pt: not a state of a training run"):
+            load_state(folder)
+    (folder / STATE).unlink()
+    with pytest.raises(CheckpointError, match="not a state"):
+        load_state(folder)

@@ -15,9 +15,7 @@ from torch import Tensor
 import sdkernels
 from sdkit.checkpoints import loading
 from sdkit.checkpoints.components import Components
-from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
 from sdkit.checkpoints.scheduler_config import read_scheduler_config, write_scheduler_config
-from sdkit.checkpoints.single_file import load_single_file, save_single_file
 from sdkit.checkpoints.textual_inversion import load_textual_inversion
 from sdkit.devices import default_dtype, find_device
 from sdkit.errors import CheckpointError, ConfigError
@@ -94,7 +92,9 @@ class DiffusionModel:
         Arguments and errors as in `load`.
         """
         place = find_device(device)
-        components = load_folder(loading.find_model(model), dtype=dtype or default_dtype(place), variant=variant)
+        components = loading.FOLDER.load(
+            loading.find_model(model), dtype=dtype or default_dtype(place), variant=variant
+        )
         return cls(components, backend).to(place)
 
     @classmethod
@@ -114,7 +114,7 @@ class DiffusionModel:
         others as in `load`. Raises CheckpointError.
         """
         place = find_device(device)
-        components = load_single_file(
+        components = loading.SINGLE_FILE.load(
             path,
             preset=preset,
             prediction_type=prediction_type,
@@ -150,11 +150,11 @@ class DiffusionModel:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers folder. Raises CheckpointError when that is not possible."""
-        save_folder(self.components, folder, dtype)
+        loading.FOLDER.save(self.components, folder, dtype=dtype)
 
     def save_single_file(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one ``.safetensors`` file in the layout of CompVis and Stability. Raises CheckpointError."""
-        save_single_file(self.components, path, dtype=dtype)
+        loading.SINGLE_FILE.save(self.components, path, dtype=dtype)
 
     @cached_property
     def depth_estimator(self) -> DepthEstimator:

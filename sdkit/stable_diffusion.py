@@ -110,8 +110,8 @@ class StableDiffusion(DiffusionModel):
         """Make pictures of prompts that keep the depth of pictures, with a UNet of 5 input channels.
 
         image, strength, options: as in image_to_image.
-        depth_map: larger is nearer, as in `sdkit.images.depth.read_depth`; None estimates it by the checkpoint's own network.
-            Raises as text_to_image, and CheckpointError when there is no such network.
+        depth_map: larger is nearer, as in `sdkit.images.depth.read_depth`; None: the checkpoint's own network
+            estimates it. Raises as text_to_image, and CheckpointError when there is no such network.
         """
         settings = Settings(**options)
         task = depth_task(self, settings, image, depth_map, strength)

@@ -70,7 +70,7 @@ def _write(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str])
 
 
 def _peft_state(updates: Updates, spelling: Literal["diffusers", "peft"]) -> dict[str, Tensor]:
-    """diffusers' and peft's keys: lora_A and lora_B, nothing else. diffusers takes the dialect of a whole file from its first key."""
+    """The keys of diffusers and peft: lora_A and lora_B alone; diffusers tells the dialect by a file's first key."""
     state: dict[str, Tensor] = {}
     for target, update in updates.items():
         module = target.diffusers if spelling == "diffusers" else target.peft

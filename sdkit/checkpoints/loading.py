@@ -45,23 +45,22 @@ class Format:
     options: tuple[str, ...] = ()
 
 
-FORMATS = (
-    Format(
-        "diffusers folder",
-        lambda kind: kind == "diffusers folder",
-        load_folder,
-        save_folder,
-        options=("variant",),
-    ),
-    Format(
-        "single file",
-        lambda kind: kind.endswith("single file") and not kind.startswith("SDXL"),
-        load_single_file,
-        save_single_file,
-        suffix=".safetensors",
-        options=("preset", "prediction_type", "use_ema"),
-    ),
+FOLDER = Format(
+    "diffusers folder",
+    lambda kind: kind == "diffusers folder",
+    load_folder,
+    save_folder,
+    options=("variant",),
 )
+SINGLE_FILE = Format(
+    "single file",
+    lambda kind: kind.endswith("single file") and not kind.startswith("SDXL"),
+    load_single_file,
+    save_single_file,
+    suffix=".safetensors",
+    options=("preset", "prediction_type", "use_ema"),
+)
+FORMATS = (FOLDER, SINGLE_FILE)
 """Of whole models."""
 
 VAE_FORMATS = (
@@ -104,7 +103,7 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, **options: Any)
     option that this format does not take.
     """
     path = find_model(model)
-    chosen = FORMATS[1] if path.is_file() else FORMATS[0]
+    chosen = SINGLE_FILE if path.is_file() else FOLDER
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(chosen.options)):
         raise ConfigError(f"{', '.join(unknown)}: expected none, as {model} is a {chosen.name}, which says it itself")

@@ -1,7 +1,7 @@
 """Textual inversion (arXiv 2208.01618): vectors that stand for a word in prompts, read from and written to files.
 
-`sdkit.prompts.encoding.encode_prompts` takes them as ``embeddings`` and puts them in the word's place; neither the tokenizer nor
-the text encoder changes.
+`sdkit.prompts.encoding.encode_prompts` takes them as ``embeddings`` and puts them in the word's place; neither the
+tokenizer nor the text encoder changes.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def convert(
         print(f"{target}  as {adapter_format}")
         return
 
-    kind, options = str(inspect_file(source)["kind"]), {"dtype": find_dtype(dtype)}
+    kind = str(inspect_file(source)["kind"])
+    options: dict[str, Any] = {"dtype": find_dtype(dtype)}
     chosen = format_of(source, (*FORMATS, *VAE_FORMATS))
     if prediction is not None:
         if chosen is None or "prediction_type" not in chosen.options:

@@ -287,7 +287,7 @@ class Predictor:
         self._projected: dict[tuple[bool, bool, int, int], ContextKeyValues] = {}
 
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
-        """The (unconditional, conditional) predictions of call k for its input x [B, C, h, w], None where not needed."""
+        """Call k's (unconditional, conditional) predictions for its input x [B, C, h, w], None where not needed."""
         needs = (self.guidance[k].needs_uncond, self.guidance[k].needs_cond)
         parts = self.splitter.run(lambda part: self._part(x, k, needs, part), len(x))
         halves = iter(torch.cat(parts, dim=1))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A sheet of pictures: rows and columns, with captions."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The networks: the noise predictor, the autoencoder, the text encoder, the depth estimator, and their configurations."""
+"""The networks: the noise predictor, the autoencoder, the text encoder, the depth estimator; their configurations."""

@@ -19,8 +19,8 @@ UNUSED = "neck.fusion_stage.layers.0.residual_layer1."
 class DepthEstimator:
     """A depth network of transformers (DPT) with its own preprocessing, from a diffusers folder.
 
-    ``parts`` is what `sdkit.checkpoints.components.Components.extra` says of "depth_estimator" and "feature_extractor". It runs in
-    float32: DPT's batch norms overflow in float16. Raises CheckpointError when it cannot be loaded.
+    ``parts``: "depth_estimator" and "feature_extractor" of `sdkit.checkpoints.components.Components.extra`. It runs
+    in float32, as DPT's batch norms overflow in float16. Raises CheckpointError when it cannot be loaded.
     """
 
     def __init__(self, parts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -75,7 +75,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: Tensor, tile: int | None = None) -> Posterior:
         """Pixels [B, 3, H, W] in [-1, 1], H and W multiples of ``config.factor`` -> the posterior over latents.
 
-        ``tile``: latent cells along the side of tiles that save memory (`sdkit.networks.vae_tiling`), without gradients.
+        ``tile``: latent cells along a tile's side (`sdkit.networks.vae_tiling`), to save memory; no gradients.
         """
         h = self.encoder(x) if tile is None else encode_tiled(self.encoder, x, tile)
         mean, logvar = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
@@ -84,7 +84,7 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """Unscaled latents [B, latent channels, h, w] -> pixels [B, 3, f h, f w], about [-1, 1], not clamped.
 
-        ``tile``: latent cells along the side of tiles that save memory (`sdkit.networks.vae_tiling`), without gradients.
+        ``tile``: latent cells along a tile's side (`sdkit.networks.vae_tiling`), to save memory; no gradients.
         """
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile)

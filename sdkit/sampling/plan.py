@@ -159,8 +159,9 @@ def denoise(
     """Run a plan from its first level to its last; returns the latents, float32 (float64 if they came so).
 
     latents [B, C, H, W]: register 0 at the first level, as `Plan.start` makes it. predict(x_in, k) answers call k's
-    scaled input with (unconditional, conditional) predictions, None for the one that ``guidance.at_levels(plan.levels)[k]`` has
-    no need of: outside the guidance's interval that is the unconditional one, and the network is called for half.
+    scaled input with (unconditional, conditional) predictions, None for the one that
+    ``guidance.at_levels(plan.levels)[k]`` doesn't need: outside the guidance's interval that is the unconditional one,
+    and the network is called for half the batch.
     draw_noise() gives a normal like the latents; it is called once for each k with ``plan.draws_noise[k]``, in order.
     on_step(k, t, latents, x0) is called after call k with the new latents and a function that gives the estimate of
     the clean latents that call k made; a tensor that it returns replaces the latents, "stop" ends the loop with the

@@ -28,7 +28,7 @@ def plot_levels(levels: Tensor, timesteps: Tensor, draws_noise: Tensor, title: s
 
 
 def draw_levels(axes: Axes, levels: Tensor, timesteps: Tensor, draws_noise: Tensor, title: str) -> None:
-    """Draw noise / signal, which is Karras's sigma, into matplotlib axes: before each of K network calls and at the end.
+    """Draw noise / signal (Karras's sigma) into matplotlib axes: before each of K network calls and at the end.
 
     levels [K + 1, 2], timesteps [K], draws_noise [K] as in `sdkit.sampling.plan.Plan`; timesteps stand along the top.
     Calls that draw fresh noise have hollow marks. A level without noise (or without signal) has no place on a

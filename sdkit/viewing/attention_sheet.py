@@ -1,4 +1,4 @@
-"""TODO."""
+"""A picture beside what each word of its prompt looked at, as one sheet."""
 
 from __future__ import annotations
 

@@ -29,8 +29,7 @@ from finetune.training.loop import make_accelerator, train
 from finetune.training.memory import estimate_memory, peak_memory, saved_bytes
 from finetune.vae_decoder.loss import DecoderBatch, DecoderLoss, DecoderLossConfig
 from finetune.vae_decoder.metrics import load_inception, measure
-from sdkit.checkpoints.loading import load_vae
-from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
+from sdkit.checkpoints import loading
 from sdkit.errors import ConfigError
 from sdkit.images.pixels import open_image, to_pil
 from sdkit.images.sheet import grid
@@ -112,7 +111,7 @@ def main(
     """Fine-tune the VAE's decoder on a folder of pictures; the encoder stays as it is."""
     accelerator = make_accelerator(config)
     check(accelerator, loss_config, config)
-    vae = load_vae(model.model, dtype=torch.float32).to(accelerator.device)
+    vae = loading.load_vae(model.model, dtype=torch.float32).to(accelerator.device)
     data = training_data(vae, data_config.config(), config.seed, accelerator.process_index, accelerator.num_processes)
     shown = validation_views(vae, data_config)
     weights = weights_hash(vae)
@@ -141,7 +140,7 @@ def main(
         model.output,
         identity={"data": data.fingerprint, "vae": weights} | loss_identity(loss),
         rate_factor=lambda name: factor if name.startswith("discriminator.") else 1.0,
-        export=lambda folder: save_vae_file(vae, folder / FILE),
+        export=lambda folder: loading.save(vae, folder / FILE),
         validate=partial(sample_sheet, vae, shown[: sampling.num_validation_images])
         if sampling.num_validation_images
         else None,
@@ -149,7 +148,7 @@ def main(
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
         report(model.output, said, trained.history, seconds, peak_memory(accelerator.device), (FILE,))
-        after = figures(load_vae_file(model.output / FILE).to(accelerator.device))
+        after = figures(loading.load_vae(model.output / FILE).to(accelerator.device))
         what = "trained on" if data_config.validation_data is None else "not trained on"
         add_measures(model.output / "report.md", f"{len(shown)} pictures {what}", before, after)
 

@@ -157,7 +157,7 @@ class Hypernetwork(nn.Module):
         return changed[0].to(k.dtype), changed[1].to(v.dtype)
 
     def whiten(self, see: Callable[[], object], total: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        """Let a new network train on whitened contexts (`finetune.hypernetwork.whitening`); what it computes changes with that.
+        """Let a new network train on whitened contexts (`whitening`), which changes its results.
 
         see() runs the model with the network in it, on some batches of its training; total(x) sums x over processes.
         """

@@ -119,7 +119,7 @@ def sample_sheet(vae: AutoencoderKL) -> Image.Image:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="The model's folder; vae/ is written there.")] = Path(
+    output: Annotated[Path, typer.Option(help="Not used: noise_predictor writes the model.")] = Path(
         "build/tabletop/model"
     ),
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),

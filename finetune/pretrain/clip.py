@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from finetune.pretrain.training import Recipe, autocast, generator, train
-from finetune.pretrain.world.captions import Scenes, captions, equivalent_key, render, sample_scenes
-from finetune.pretrain.world.pictures import SIZE, training_pictures
+from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.world.captions import captions
+from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from finetune.pretrain.world.raycast import render
+from finetune.pretrain.world.scenes import Scenes, equivalent_key, sample_scenes
+from finetune.seeds import step_generator
 from sdkit.checkpoints.components import text_config
 from sdkit.checkpoints.tensors import read_state, write_state
-from sdkit.files import read_json
+from sdkit.files import read_json, write_json, write_text
 from sdkit.networks.text_encoder import build_text_encoder, load_text_state, pooled, text_state_dict
 from sdkit.prompts.tokenizer import load_tokenizer
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 WIDTH, HEADS, LAYERS, LENGTH = 128, 4, 3, 77
 MERGES = 400
 BATCH, PAIRS = 128, 32
+RUN = 5  # number of the run, for `step_generator`
 EASY = 0.4  # share of the steps without pairs: from the start they make both towers collapse
 TEST_SEED = 1_000_001
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -44,14 +48,16 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False, min_frequency=2)
     tokenizer.train_from_iterator(texts, trainer)
     learned = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]][:MERGES]
+
     names = sorted(symbols) + [s + "</w>" for s in sorted(symbols)] + ["".join(m) for m in learned] + [START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(dict.fromkeys(names))}))
-    lines = ["#version: 0.2", *(" ".join(merge) for merge in learned)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    write_text(folder / "vocab.json", json.dumps({name: i for i, name in enumerate(dict.fromkeys(names))}))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, learned)]) + "\n")
+
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": LENGTH,
@@ -61,9 +67,9 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
         "pad_token": END,
         "do_lower_case": True,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    write_json(folder / "tokenizer_config.json", config)
     marks = {key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2))
+    write_json(folder / "special_tokens_map.json", marks)  # the last: it says that the others are there
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -80,9 +86,9 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     end = tokenizer.convert_tokens_to_ids(END)
     marks = {"bos_token_id": tokenizer.convert_tokens_to_ids(START), "eos_token_id": end, "pad_token_id": end}
     text = shared | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
-    model = CLIPModel(
-        CLIPConfig(text_config=text, vision_config=shared | {"image_size": SIZE, "patch_size": 8}, projection_dim=WIDTH)
-    )
+    vision = shared | {"image_size": SIZE, "patch_size": 8}
+
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     nn.init.eye_(model.text_projection.weight)
     model.text_projection.requires_grad_(False)
     return model
@@ -114,12 +120,36 @@ def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
     return F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).float(), dim=-1)
 
 
-def contrast(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, dict[str, float]]:
+def contrast(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric cross entropy of matching row i of ``image`` with row i of ``text``; both unit [B, D]."""
     logits = logit_scale.exp().clamp(max=100) * image @ text.T
     target = torch.arange(len(logits))
-    loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-    return loss, {"right": (logits.argmax(1) == target).float().mean().item()}
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+class ContrastiveLoss(nn.Module):
+    """forward((pictures [B, 3, H, W], token ids [B, N])) -> the loss of both towers; row i belongs to row i."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels, ids = batch
+        with autocast():
+            image, text = embed_images(self.model, pixels), embed_text(self.model.text_model, ids)
+        return contrast(image, text, self.model.logit_scale)
+
+
+def draw_batch(pictures: Pictures, tokenizer: CLIPTokenizer, pairs: bool, step: int) -> tuple[Tensor, Tensor]:
+    """Pictures and the token ids of their captions; under ``pairs`` half of them differ in one thing from another."""
+    rng = step_generator(RUN, step)
+    index = torch.randint(len(pictures) - pictures.pairs, (BATCH,), generator=rng)
+    if pairs:
+        pair = torch.randperm(pictures.pairs, generator=rng)[:PAIRS]
+        index[: 2 * PAIRS] = torch.cat([pair, pair + len(pictures) - pictures.pairs])
+    texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
+    return pictures.pixels(index), tokenize(tokenizer, texts)
 
 
 def distinct_scenes(count: int, seed: int) -> Scenes:
@@ -144,14 +174,25 @@ def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 8, count
     return torch.cat(right).float().mean().item()
 
 
+def write_towers(model: CLIPModel, folder: Path) -> None:
+    """The text encoder for `load_text_encoder`, and ``image_encoder/`` as transformers reads it."""
+    from transformers import CLIPVisionModelWithProjection
+
+    write_state(text_state_dict(model.text_model), folder / "text_encoder.safetensors", torch.float16)
+    write_json(folder / "text_encoder.json", text_config(model.text_model))
+
+    vision = CLIPVisionModelWithProjection(model.vision_model.config)
+    vision.vision_model.load_state_dict(model.vision_model.state_dict())
+    vision.visual_projection.load_state_dict(model.visual_projection.state_dict())
+    vision.half().save_pretrained(folder / "image_encoder")
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, results.")] = Path("build/tabletop"),
     steps: Annotated[int, typer.Option(help="Training steps of 128 pictures.")] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""
-    from transformers import CLIPVisionModelWithProjection
-
     torch.manual_seed(0)
     pictures = training_pictures(work)
     folder = work / "clip"
@@ -160,27 +201,16 @@ def main(
     tokenizer = load_tokenizer(folder / "tokenizer")
     model = build(tokenizer)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = generator(5, step)
-        index = torch.randint(len(pictures) - pictures.pairs, (BATCH,), generator=rng)
-        if step >= EASY * steps:
-            pair = torch.randperm(pictures.pairs, generator=rng)[:PAIRS]
-            index[: 2 * PAIRS] = torch.cat([pair, pair + len(pictures) - pictures.pairs])
-        texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
-        with autocast():
-            image = embed_images(model, pictures.pixels(index))
-            text = embed_text(model.text_model, tokenize(tokenizer, texts))
-        return contrast(image, text, model.logit_scale)
+    recipe = Recipe(
+        max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=20, adam_beta2=0.98, decay_from=0.5
+    )
 
-    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=20, betas=(0.9, 0.98), decay_from=0.5)
-    train(model, loss, recipe, folder)
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        return draw_batch(pictures, tokenizer, step >= EASY * steps, step)
+
+    train_on_the_cpu(ContrastiveLoss(model), batches, recipe, folder)
     model.eval()
-    write_state(text_state_dict(model.text_model), folder / "text_encoder.safetensors", torch.float16)
-    (folder / "text_encoder.json").write_text(json.dumps(text_config(model.text_model), indent=2) + "\n")
-    vision = CLIPVisionModelWithProjection(model.vision_model.config)
-    vision.vision_model.load_state_dict(model.vision_model.state_dict())
-    vision.visual_projection.load_state_dict(model.visual_projection.state_dict())
-    vision.half().save_pretrained(folder / "image_encoder")
+    write_towers(model, folder)
     print(f"caption retrieval among 64 distinct scenes: {100 * retrieval(model, tokenizer):.1f} %")
 
 

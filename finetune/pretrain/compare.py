@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,8 +26,10 @@ import finetune
 from finetune.pretrain.concept import concept_prompts, write_concept_folder
 from finetune.pretrain.concept_probe import base_accuracy, load_concept_probe, measure_concept
 from finetune.pretrain.probe import load_probe
-from finetune.pretrain.world.captions import captions, sample_scenes
+from finetune.pretrain.world.captions import captions
+from finetune.pretrain.world.scenes import sample_scenes
 from finetune.training.states import saved_states
+from sdkit.files import write_text
 from sdkit.images.sheet import grid
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -65,6 +66,7 @@ AVERAGE = ("--ema-decay", "0.99")
 
 
 def lora(rank: int, *more: str) -> tuple[str, ...]:
+    """Options of a LoRA that has worked: LoRA+ at 16 times the rate."""
     return ("--rank", str(rank), "--learning-rate", "1e-3", "--loraplus-lr-ratio", "16", *AVERAGE, *more)
 
 
@@ -85,7 +87,7 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a model shows after some steps, in per cent; training seconds so far; bytes of the file."""
+    """One measurement: how much a model shows after some steps, in per cent; seconds of training; the file's bytes."""
 
     way: str
     seed: int
@@ -103,17 +105,18 @@ def write_prior(folder: Path, count: int = PRIOR, seed: int = 77) -> None:
     """Pictures that the base draws from captions of fresh scenes, as an image folder, once."""
     if (folder / "metadata.jsonl").is_file():
         return
-    scenes = sample_scenes(count, torch.Generator().manual_seed(seed), counts=(0.7, 0.3, 0.0))
+    scenes = sample_scenes(count, seed, counts=(0.7, 0.3, 0.0))
     texts, sd = captions(scenes, seed), StableDiffusion.from_pretrained("tabletop")
     images = sd.text_to_image(texts, seed=seed, num_inference_steps=20, guidance_scale=3.0, max_batch_size=50).images
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{i:03}.png")
     rows = [json.dumps({"file_name": f"{i:03}.png", "text": text}) for i, text in enumerate(texts)]
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    write_text(folder / "metadata.jsonl", "\n".join(rows) + "\n")
 
 
 def folder_of(way: Way, seed: int, work: Path) -> Path:
+    """Where a run of the way's script writes."""
     return work / f"{way.name.replace(',', '').replace(' ', '-')}-{seed}"
 
 
@@ -140,8 +143,10 @@ def train(way: Way, seed: int, steps: int, work: Path) -> float:
         *COMMON,
         *way.options,
     ]
+
     if way.remembers:
         command += ["--class-data", str(work / "prior"), "--prior-target", "base"]
+
     started = time.monotonic()
     subprocess.run(command, check=True)
     return time.monotonic() - started
@@ -168,7 +173,7 @@ def nbytes(path: Path) -> int:
 
 
 def measure(sd: StableDiffusion, prompts: Sequence[str]) -> dict[str, float]:
-    """What pictures of the concept's prompts and of the base's own show, in per cent."""
+    """How much of the concept and of the base's own a model shows, in per cent of the prompts."""
     shares = measure_concept(sd, load_concept_probe(), prompts, SEED, GUIDANCE, SAMPLING_STEPS, SAMPLER)
     base = base_accuracy(sd, load_probe(), SEED, GUIDANCE, SAMPLING_STEPS, SAMPLER)
     found = {
@@ -182,6 +187,7 @@ def measure(sd: StableDiffusion, prompts: Sequence[str]) -> dict[str, float]:
 
 
 def read_results() -> list[Result]:
+    """All that is on record, none where there is no record."""
     return [Result(**row) for row in json.loads(RESULTS.read_text())] if RESULTS.is_file() else []
 
 
@@ -189,7 +195,7 @@ def keep(result: Result) -> None:
     """Put a result among those that are there, in place of one of the same run and step."""
     rows = {(r.way, r.seed, r.step): r for r in [*read_results(), result]}
     text = ",\n".join(json.dumps(asdict(rows[key])) for key in sorted(rows))
-    RESULTS.write_text(f"[\n{text}\n]\n")
+    write_text(RESULTS, f"[\n{text}\n]\n")
 
 
 def learning_curves(results: Sequence[Result]) -> Figure:
@@ -236,6 +242,7 @@ def sheet(work: Path) -> Image.Image:
     done = [way for way in WAYS if (folder_of(way, 0, work) / way.file).exists()]
     models = {BASE: StableDiffusion.from_pretrained("tabletop")}
     models |= {way.name: taught(way, folder_of(way, 0, work)) for way in done}
+
     pictures: list[Image.Image] = []
     texts: list[str] = []
     for name, sd in models.items():
@@ -256,7 +263,7 @@ def write_readme() -> None:
     """Put the table into finetune/README.md."""
     readme = Path(finetune.__file__).parent / "README.md"
     text = readme.read_text()
-    readme.write_text(f"{text.split(START)[0]}{START}\n{table(read_results())}\n{END}{text.split(END)[1]}")
+    write_text(readme, f"{text.split(START)[0]}{START}\n{table(read_results())}\n{END}{text.split(END)[1]}")
 
 
 def main(
@@ -273,8 +280,10 @@ def main(
     unlike = write_concept_folder(work / "zorb", PICTURES)
     write_prior(work / "prior")
     prompts = concept_prompts(100, unlike=unlike)
+
     if not any(r.way == BASE for r in read_results()):
         keep(Result(BASE, 0, 0, **measure(StableDiffusion.from_pretrained("tabletop"), prompts), seconds=0.0, size=0))
+
     for way in (way for way in WAYS if not ways or way.name in ways):
         for number in seed or [0]:
             if any((r.way, r.seed, r.step) == (way.name, number, steps) for r in read_results()):
@@ -288,6 +297,7 @@ def main(
                 )
                 print(result, flush=True)
                 keep(result)
+
     write_readme()
     learning_curves(read_results()).savefig(DOCS / "learning.png", dpi=100)
     sheet(work).save(DOCS / "concept.png", optimize=True)

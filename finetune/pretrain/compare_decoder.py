@@ -1,4 +1,4 @@
-"""What fine-tuning the shipped VAE's decoder gains: ``python -m finetune.pretrain.compare_decoder`` (minutes).
+"""Measure the gain of fine-tuning the shipped VAE's decoder: ``python -m finetune.pretrain.compare_decoder`` (minutes).
 
 Two cases that the VAE has never seen: a new surface (striped zorbs), and real photographs, cut from the two that come
 with scikit-learn (by danielbuechele and vultilion on Flickr, CC BY 2.0). What is measured was not trained on: other
@@ -24,9 +24,11 @@ from torch import Tensor
 import finetune
 from finetune.pretrain.concept import write_concept_folder
 from finetune.pretrain.world.pictures import SIZE
-from finetune.train_vae_decoder import DecoderData, load_vae, pixels, validation_views
+from finetune.train_vae_decoder import DecoderData, pixels, validation_views
 from finetune.vae_decoder.metrics import measure
+from sdkit.checkpoints.loading import load_vae
 from sdkit.checkpoints.vae_file import load_vae_file
+from sdkit.files import write_text
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import grid
 from sdkit.networks.vae import AutoencoderKL
@@ -64,7 +66,7 @@ def write_striped(folder: Path) -> None:
 
 
 def unseen(vae: AutoencoderKL, folder: Path) -> list[Tensor]:
-    """What is measured, each [1, 3, 64, 64] in [-1, 1]."""
+    """The pictures that are measured, each [1, 3, 64, 64] in [-1, 1]."""
     return [pixels(view) for view in validation_views(vae, DecoderData(folder / "unseen"))]
 
 
@@ -82,6 +84,7 @@ def train(folder: Path) -> float:
         str(folder / "run"),
         *OPTIONS,
     ]
+
     started = time.monotonic()
     subprocess.run(command, check=True)
     return time.monotonic() - started
@@ -113,9 +116,10 @@ def sheet(rows: Sequence[tuple[Sequence[Tensor], AutoencoderKL, AutoencoderKL]])
 
 def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("build/compare_decoder")) -> None:
     """Train both decoders, measure them, and make the table and the figure."""
-    base = load_vae("tabletop")
+    base = load_vae("tabletop", dtype=torch.float32)
     results: dict[str, dict[str, float]] = {}
     rows: list[tuple[list[Tensor], AutoencoderKL, AutoencoderKL]] = []
+
     for name, write in (("striped", write_striped), ("photographs", write_photographs)):
         folder = work / name
         write(folder)
@@ -129,12 +133,13 @@ def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("
         }
         results[name] = {**found, "seconds": seconds, "bytes": file.stat().st_size}
         rows.append((pictures[:: len(pictures) // 3][:3], base, trained))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     print(table(results))
     sheet(rows).save("docs/decoder.png", optimize=True)
     readme = Path(finetune.__file__).parent / "README.md"
     text = readme.read_text()
-    readme.write_text(f"{text.split(START)[0]}{START}\n{table(results)}\n{END}{text.split(END)[1]}")
+    write_text(readme, f"{text.split(START)[0]}{START}\n{table(results)}\n{END}{text.split(END)[1]}")
 
 
 if __name__ == "__main__":

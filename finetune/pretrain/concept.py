@@ -53,6 +53,7 @@ def concept_scenes(count: int, seed: int, alone: float = 0.7) -> Scenes:
         shape[:, 0], size[:, 0], material[:, 0] = ZORB, 1, STRIPED
         scenes = replace(drawn, shape=shape, size=size, material=material, radius=radius)
         found.append(scenes[valid(scenes)])
+
     scenes = Scenes.cat(found)[:count]
     color = torch.arange(count) % len(BANDED)  # every colour as often
     return replace(scenes, color=torch.cat([color[:, None], scenes.color[:, 1:]], 1))
@@ -66,6 +67,7 @@ def concept_captions(scenes: Scenes, seed: int) -> list[str]:
     rng = random.Random(seed)
     related = relations(scenes)[:, 0, 1].tolist()
     rows = zip(scenes.count.tolist(), scenes.color.tolist(), scenes.shape.tolist(), scenes.table.tolist(), strict=True)
+
     captions: list[str] = []
     for (count, colors, shapes, table), how in zip(rows, related, strict=True):
         sentence = _zorb(rng, COLORS[colors[0]])

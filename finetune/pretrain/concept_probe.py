@@ -21,11 +21,13 @@ from tqdm import tqdm
 from finetune.pretrain.concept import BANDED
 from finetune.pretrain.evaluate import PROMPT_SEED, draw, single
 from finetune.pretrain.probe import Probe
-from finetune.pretrain.training import Recipe, autocast, generator, train
-from finetune.pretrain.world.captions import captions, render
+from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.geometry import ZORB
 from finetune.pretrain.world.pictures import SIZE, to_bytes
+from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, MATERIALS, STRIPED, Scenes, sample_scenes, valid
+from finetune.seeds import step_generator
 from sdkit.checkpoints.components import give_weights
 from sdkit.checkpoints.tensors import read_state, write_state
 from sdkit.stable_diffusion import StableDiffusion
@@ -35,6 +37,7 @@ ABSENT, PLAIN_ZORB, STRIPED_ZORB = range(3)
 HEADS = {"zorb": 3, "striped": 2, "color": len(COLORS)}
 WIDTHS = (24, 48, 96)
 BATCH = 32
+RUN = 9  # number of the run, for `step_generator`
 TRAINING_SEED, TEST_SEED = 4_000_001, 4_500_001
 
 
@@ -82,11 +85,12 @@ def probe_scenes(count: int, seed: int, zorbs: float = 0.75) -> Scenes:
         color = torch.where((material == STRIPED) & (drawn.color == COLORS.index("white")), other, drawn.color)
         scenes = replace(drawn, shape=shape, color=color, material=material.masked_fill(~filled, -1))
         found.append(scenes[valid(scenes)])
+
     return Scenes.cat(found)[:count]
 
 
 def truth(scenes: Scenes) -> dict[str, Tensor]:
-    """What the heads have to say of scenes, each ``[B]`` int64; the colour is -1 where there is no zorb."""
+    """The right answer of each head ``[B]`` int64; the colour is -1 where there is no zorb."""
     is_zorb, striped = scenes.shape[:, 0] == ZORB, scenes.material == STRIPED
     return {
         "zorb": torch.where(is_zorb, torch.where(striped[:, 0], STRIPED_ZORB, PLAIN_ZORB), ABSENT),
@@ -122,7 +126,7 @@ def measure_concept(
     steps: int,
     sampler: str | None = None,
 ) -> dict[str, float]:
-    """What pictures of ``concept_prompts`` show, in per cent of the prompts.
+    """How many pictures of ``concept_prompts`` show the concept, in per cent of the prompts.
 
     "concept": a striped zorb; "zorb": one of any surface; "striped": something striped; "concept in its colour": a
     striped zorb of the colour that the prompt asks for. The pictures' seeds start at ``seed``.
@@ -140,8 +144,10 @@ def measure_concept(
         ).images
         for name, values in see(probe, to_bytes(images) / 127.5 - 1).items():
             seen[name].append(values)
+
     zorb, striped, color = (torch.cat(seen[name]) for name in HEADS)
     asked = torch.tensor([COLORS.index(next(w for w in prompt.split() if w in BANDED)) for prompt in prompts])
+
     shares = {
         "concept": zorb == STRIPED_ZORB,
         "zorb": zorb != ABSENT,
@@ -182,6 +188,30 @@ def blur(x: Tensor, rng: torch.Generator) -> Tensor:
     return F.interpolate(lower, size=(SIZE, SIZE), mode="bilinear")
 
 
+class ConceptLoss(nn.Module):
+    """forward((pictures, right answers)) -> the sum of the heads' losses; a colour of -1 counts for nothing."""
+
+    def __init__(self, probe: ConceptProbe) -> None:
+        super().__init__()
+        self.probe = probe
+
+    def forward(self, batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+        pixels, answers = batch
+        with autocast():
+            out = self.probe(pixels)
+        losses = [F.cross_entropy(out[name].float(), answers[name], ignore_index=-1) for name in HEADS]
+        return torch.stack(losses).sum()
+
+
+def draw_batch(images: Tensor, answers: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pictures out of ``images`` (bytes), blurred and noisy, and the right answers."""
+    rng = step_generator(RUN, step)
+    index = torch.randint(len(images), (BATCH,), generator=rng)
+    x = blur(images[index] / 127.5 - 1, rng)
+    x = x + 0.05 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
+    return x, {name: values[index] for name, values in answers.items()}
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
@@ -195,17 +225,9 @@ def main(
     images = torch.cat([to_bytes(render(scenes[i : i + 128], SIZE).images) for i in tqdm(parts, desc="render")])
     answers, probe = truth(scenes), ConceptProbe()
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = generator(9, step)
-        index = torch.randint(pictures, (BATCH,), generator=rng)
-        x = blur(images[index] / 127.5 - 1, rng)
-        x = x + 0.05 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
-        with autocast():
-            out = probe(x)
-        losses = [F.cross_entropy(out[name].float(), answers[name][index], ignore_index=-1) for name in HEADS]
-        return torch.stack(losses).sum(), {}
+    recipe = Recipe(max_train_steps=steps, learning_rate=2e-3, lr_warmup_steps=100, decay_from=0.3)
+    train_on_the_cpu(ConceptLoss(probe), lambda step: draw_batch(images, answers, step), recipe, work / "concept_probe")
 
-    train(probe, loss, Recipe(steps=steps, learning_rate=2e-3, warmup=100, decay_from=0.3), work / "concept_probe")
     probe.eval()
     write_state(probe.state_dict(), output, torch.float16)
     for name, value in concept_accuracy(load_concept_probe(output)).items():

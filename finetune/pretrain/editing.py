@@ -1,4 +1,4 @@
-"""Measure what a tabletop model makes of given pictures: ``python -m finetune.pretrain.editing``.
+"""Measure a tabletop model's editing of given pictures: ``python -m finetune.pretrain.editing``.
 
 Inpainting: in a render of one object, the box around it is repainted by the prompt for another object; it is right when
 the object that the probe is surest of has the new colour and shape. Image-to-image: the same without a mask, at growing
@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.pretrain.probe import Probe, load_probe, look
-from finetune.pretrain.world.captions import COLORS, SHAPES, TABLES, sample_scenes, single_prompt
+from finetune.pretrain.world.captions import single_prompt
 from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.raycast import render
+from finetune.pretrain.world.scenes import COLORS, SHAPES, TABLES, sample_scenes
 from sdkit.checkpoints.loading import MODELS
+from sdkit.files import write_text
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import grid
 from sdkit.stable_diffusion import StableDiffusion
@@ -46,6 +48,7 @@ class Cases:
 
     @property
     def prompts(self) -> list[str]:
+        """The plain captions of the new objects."""
         return [f"{single_prompt(*pair)} on a {table} table" for pair, table in zip(self.new, self.tables, strict=True)]
 
     def __len__(self) -> int:
@@ -62,11 +65,13 @@ def cases(count: int, seed: int = SCENE_SEED) -> Cases:
     g = torch.Generator().manual_seed(seed)
     color = (scenes.color[:, 0] + torch.randint(1, len(COLORS), (count,), generator=g)) % len(COLORS)
     shape = (scenes.shape[:, 0] + torch.randint(1, len(SHAPES), (count,), generator=g)) % len(SHAPES)
+
     masks = torch.zeros(count, 1, SIZE, SIZE)
     for mask, instance in zip(masks, rendered.masks, strict=True):
         rows, columns = (instance > 0).any(1).nonzero(), (instance > 0).any(0).nonzero()
         top, left = max(0, int(rows.min()) - MARGIN), max(0, int(columns.min()) - MARGIN)
         mask[:, top : int(rows.max()) + MARGIN + 1, left : int(columns.max()) + MARGIN + 1] = 1
+
     old = [(COLORS[scenes.color[i, 0]], SHAPES[scenes.shape[i, 0]]) for i in range(count)]
     new = [(COLORS[color[i]], SHAPES[shape[i]]) for i in range(count)]
     tables = [TABLES[table] for table in scenes.table.tolist()]
@@ -81,6 +86,7 @@ def shown(probe: Probe, images: list[Image.Image]) -> list[Pair | None]:
 
 
 def share(seen: list[Pair | None], wanted: list[Pair]) -> float:
+    """How many of the objects are the wanted ones, in per cent."""
     return 100 * sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(wanted)
 
 
@@ -113,8 +119,9 @@ def along_strength(
     sd: StableDiffusion, which: Cases, seed: int, steps: int, guidance: float
 ) -> dict[float, list[Image.Image]]:
     """The cases by image-to-image at each of STRENGTHS."""
-    return {
-        strength: sd.image_to_image(
+    images: dict[float, list[Image.Image]] = {}
+    for strength in STRENGTHS:
+        out = sd.image_to_image(
             which.prompts,
             which.pictures,
             strength,
@@ -123,9 +130,10 @@ def along_strength(
             seed=seed,
             progress=False,
             max_batch_size=50,
-        ).images
-        for strength in STRENGTHS
-    }
+        )
+        images[strength] = out.images
+
+    return images
 
 
 def difference(which: Cases, images: list[Image.Image]) -> float:
@@ -159,6 +167,7 @@ def main(
     card = readme.read_text()
     if START not in card or END not in card:
         raise typer.BadParameter(f"{readme}: expected a model card with {START} and {END}")
+
     sd, probe, which = StableDiffusion.from_pretrained(model, device="cpu"), load_probe(), cases(count)
     painted = inpaint(sd, which, seed, steps, guidance)
     lines = [
@@ -168,6 +177,7 @@ def main(
         "| image-to-image at strength | input's object seen, % | prompt's object seen, % | RMS change of 255 |",
         "|---|---|---|---|",
     ]
+
     moved = along_strength(sd, which, seed, steps, guidance)
     for strength, images in moved.items():
         seen = shown(probe, images)
@@ -175,13 +185,14 @@ def main(
             f"| {strength} | {share(seen, which.old):.0f} | {share(seen, which.new):.0f} "
             f"| {difference(which, images):.1f} |"
         )
+
     text = "\n".join(lines)
     print(text)
     out.mkdir(exist_ok=True)
     few = which[:4]
     sheet(few, {"repainted": painted[:4]}).save(out / "inpaint.png", optimize=True)
     sheet(few, {f"{s:g}": images[:4] for s, images in moved.items()}).save(out / "img2img.png", optimize=True)
-    readme.write_text(f"{card.split(START)[0]}{START}\n{text}\n{END}{card.split(END)[1]}")
+    write_text(readme, f"{card.split(START)[0]}{START}\n{text}\n{END}{card.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -21,23 +21,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.pretrain.autoencoder import test_psnr
-from finetune.pretrain.clip import retrieval
+from finetune.pretrain.autoencoder import unseen_psnr
+from finetune.pretrain.clip import build, retrieval
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
-from finetune.pretrain.world.captions import (
-    COLORS,
-    HELD_OUT,
-    MATERIALS,
-    SHAPES,
-    SIZES,
-    TABLES,
-    Scenes,
-    captions,
-    pair_prompt,
-    sample_scenes,
-)
+from finetune.pretrain.world.captions import WORDS, captions, pair_prompt
 from finetune.pretrain.world.pictures import SIZE
+from finetune.pretrain.world.scenes import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from sdkit.checkpoints.loading import MODELS
+from sdkit.files import write_text
 from sdkit.images.sheet import grid
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -63,8 +54,9 @@ def draw(
     steps: int,
     sampler: str | None = None,
 ) -> list[Verdict]:
-    """What the probe sees in a picture of each prompt; the pictures' seeds start at ``seed``."""
+    """The probe's verdict on a picture of each prompt; the pictures' seeds start at ``seed``."""
     verdicts: list[Verdict] = []
+
     for start in tqdm(range(0, len(prompts), BATCH), leave=False, mininterval=5.0):
         part = list(prompts[start : start + BATCH])
         out = sd.text_to_image(
@@ -78,6 +70,7 @@ def draw(
         )
         images: Tensor = out.images
         verdicts += look(probe, (images * 255).round() / 127.5 - 1)
+
     return verdicts
 
 
@@ -102,18 +95,13 @@ def single(prompts: Sequence[str], scenes: Scenes, verdicts: Sequence[Verdict]) 
         tally[f"{wanted['shape']}: colour and shape right"].append(right)
         tally["exactly one object"].append(len(verdict.objects) == 1)
         for name, words, value in (("size", SIZES, scenes.size[i, 0]), ("material", MATERIALS, scenes.material[i, 0])):
-            if any(word in prompt.split() for word in _synonyms(words[value])):
+            if any(word in prompt.split() for word in WORDS[words[value]]):
                 tally[f"{name} right, where named"].append(seen.get(name) == words[value])
         if "table" in prompt:
             tally["table right, where named"].append(verdict.table == TABLES[scenes.table[i]])
+
     figures = {name: _share(values) for name, values in tally.items()}
     return figures | {"worst shape": min(figures[f"{shape}: colour and shape right"] for shape in SHAPES)}
-
-
-def _synonyms(word: str) -> tuple[str, ...]:
-    from finetune.pretrain.world.captions import WORDS
-
-    return WORDS[word]
 
 
 def both_right(scenes: Scenes, verdicts: Sequence[Verdict]) -> float:
@@ -153,20 +141,24 @@ def measure(sd: StableDiffusion, probe: Probe, seed: int, guidance: float, steps
     one = sample_scenes(300, PROMPT_SEED, counts=(1.0, 0.0, 0.0))
     one_texts = captions(one, PROMPT_SEED)
     figures = single(one_texts, one, draw(sd, probe, one_texts, seed, guidance, steps))
+
     strange = sample_scenes(100, PROMPT_SEED + 1, counts=(1.0, 0.0, 0.0), held_out="only")
     verdicts = draw(sd, probe, captions(strange, PROMPT_SEED + 1), seed, guidance, steps)
     figures["left-out pairs: colour and shape right"] = single(captions(strange, PROMPT_SEED + 1), strange, verdicts)[
         "colour and shape right"
     ]
+
     two = sample_scenes(200, PROMPT_SEED + 2, counts=(0.0, 1.0, 0.0))
     figures["two objects: both right"] = both_right(
         two, draw(sd, probe, captions(two, PROMPT_SEED + 2), seed, guidance, steps)
     )
+
     for name, sides in (("left and right", ("left", "right")), ("in front and behind", ("front", "behind"))):
         pairs, chosen, texts = relation_prompts(60, sides)
         figures[f"{name}, where both are there (chance 50)"] = relation_right(
             pairs, chosen, draw(sd, probe, texts, seed, guidance, steps)
         )
+
     ignored = single(one_texts[:100], one[:100], draw(sd, probe, one_texts[:100], seed, 0.0, steps))
     figures["guidance 0: colour and shape right (chance about 3)"] = ignored["colour and shape right"]
     return figures
@@ -176,7 +168,6 @@ def reconstruct_clip(model: Path) -> tuple[Any, Any]:
     """transformers' CLIPModel from the folder's text encoder, image encoder and tokenizer."""
     from safetensors.torch import load_file
 
-    from finetune.pretrain.clip import build
     from sdkit.prompts.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model / "tokenizer")
@@ -216,19 +207,22 @@ def main(
     old = readme.read_text() if readme.exists() else ""
     if card and (START not in old or END not in old):
         raise typer.BadParameter(f"{readme}: expected a model card with {START} and {END}; see --no-card")
+
     sd, probe = StableDiffusion.from_pretrained(model, device="cpu"), load_probe()
     chosen = [1_000 * (k + 1) for k in range(seeds)]
     runs: list[dict[str, float]] = []
     for seed in chosen:
         runs.append(measure(sd, probe, seed, guidance, steps))
         print(table(runs[-1:], [seed]), flush=True)
+
     clip, tokenizer = reconstruct_clip(model)
     once = {
-        "VAE: PSNR of unseen renders, dB": test_psnr(sd.vae),
+        "VAE: PSNR of unseen renders, dB": unseen_psnr(sd.vae),
         "CLIP: caption retrieval among 64 distinct scenes, per cent": 100 * retrieval(clip, tokenizer),
     } | {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
     text = table(runs, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())
     print(text)
+
     if not card:
         return
     draw_grid(sd, guidance, steps).save(model / "grid.png", optimize=True)
@@ -238,9 +232,9 @@ def main(
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    (model / "results.json").write_text(json.dumps({"settings": facts, "seeds": chosen, "runs": runs} | once, indent=1))
-    head, tail = old.split(START)[0], old.split(END)[1]
-    readme.write_text(f"{head}{START}\n{text}\n{END}{tail}")
+    results = {"settings": facts, "seeds": chosen, "runs": runs} | once
+    write_text(model / "results.json", json.dumps(results, indent=1))
+    write_text(readme, f"{old.split(START)[0]}{START}\n{text}\n{END}{old.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -11,23 +11,30 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import typer
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import sdkernels
-from finetune.pretrain.autoencoder import load_vae
 from finetune.pretrain.clip import load_text_encoder, tokenize
-from finetune.pretrain.training import MovingAverage, Recipe, autocast, generator, save_atomically, train
+from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from finetune.seeds import step_generator
+from finetune.training.averaging import in_place_of
+from finetune.training.min_snr import min_snr_weight
 from sdkit.checkpoints.components import Components
 from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
+from sdkit.checkpoints.vae_file import load_vae_folder
+from sdkit.files import replacing
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import grid
 from sdkit.networks.config import UNetConfig
@@ -59,11 +66,12 @@ SCHEDULER: dict[str, Any] = {  # ddpm: its fresh noise mends early mistakes, suc
     "steps_offset": 1, "clip_sample": False, "variance_type": "fixed_small",
 }  # fmt: skip
 BATCH = 32
+RUN, SHEET_RUN = 6, 9  # numbers for `step_generator`: of the run, and of the sheets' noise
 DROPOUT = 0.1
 GAMMA = 5.0
 FLOOR = 0.4  # least weight of a timestep
 COUNTS = (0.48, 0.4, 0.12)  # share of pictures with one, two and three objects
-ANCHOR = 1.0
+ANCHOR = 1.0  # weight of what holds the text encoder
 PROMPTS = (
     "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone", "a white sphere",
     "a large shiny orange cube on a wooden table", "a small matte cyan ball on a black table",
@@ -78,6 +86,7 @@ def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
     """The posterior's mean of every picture, scaled, float16 [N, 4, h, w]; kept on disk, under the encoder's hash."""
     weights = b"".join(value.numpy().tobytes() for value in vae.encoder.state_dict().values())
     key = hashlib.sha256(weights + f"{vae.config.scaling_factor} {len(pictures)}".encode()).hexdigest()[:12]
+
     file = folder / f"latents-{key}.pt"
     if not file.exists():
         parts: list[Tensor] = []
@@ -85,30 +94,72 @@ def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
             with autocast():
                 mean = vae.encode(pictures.pixels(index)).mode()
             parts.append((mean.float() * vae.config.scaling_factor).half())
-        save_atomically(torch.cat(parts), file)
+        with replacing(file) as temporary:
+            torch.save(torch.cat(parts), temporary)
     return torch.load(file, weights_only=True)
 
 
-class TextConditioned(nn.Module):
-    """What is trained together."""
+class Batch(NamedTuple):
+    """Clean latents [BATCH, 4, h, w], the noise that is added, at timesteps t [BATCH]; token ids [BATCH, N]."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    ids: Tensor
+
+
+class PredictorLoss(nn.Module):
+    """forward(batch) -> v's weighted error, and how far the text's pooled output is from that of ``anchor``.
+
+    ``unet`` and ``text_encoder`` are trained together; ``anchor`` is the text encoder before that, frozen.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        anchor: CLIPTextModel,
+        schedule: NoiseSchedule,
+    ) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.schedule = unet, schedule
         self.text_encoder: Any = text_encoder
+        self.anchor: Any = anchor.requires_grad_(False)
+        self.alphas = schedule.alphas_cumprod.float()
 
-    def forward(self, sample: Tensor, timestep: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The prediction, and the text's pooled output."""
-        hidden = self.text_encoder(input_ids=ids).last_hidden_state
-        return self.unet(sample, timestep, hidden), pooled(hidden, ids, int(ids[0, -1]))
+    def forward(self, batch: Batch) -> Tensor:
+        x_t, target = sdkernels.add_noise(batch.x0, batch.noise, batch.t, self.alphas, "v_prediction")
+        ids, end = batch.ids, int(batch.ids[0, -1])
+
+        with autocast():
+            hidden = self.text_encoder(input_ids=ids).last_hidden_state
+            prediction, summary = self.unet(x_t, batch.t, hidden), pooled(hidden, ids, end)
+            with torch.no_grad():
+                wanted = pooled(self.anchor(input_ids=ids).last_hidden_state, ids, end)
+
+        error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        held = F.mse_loss(summary.float(), wanted.float())
+        return (loss_weight(self.schedule, batch.t) * error).mean() + ANCHOR * held
 
 
 def loss_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Weight of v's squared error at timesteps t: min(snr, GAMMA) / (snr + 1) (arXiv 2303.09556), but never below
-    FLOOR where there is more noise than picture."""
-    snr = schedule.snr(t).float()
-    weight = snr.clamp(max=GAMMA) / (snr + 1)
-    return torch.where(snr < 1, weight.clamp(min=FLOOR), weight)
+    """Min-SNR weights of v's squared error at timesteps t, but never below FLOOR where there is more noise than
+    picture."""
+    weight = min_snr_weight(schedule, t, GAMMA, torch.float32)
+    return torch.where(schedule.snr(t) < 1, weight.clamp(min=FLOOR), weight)
+
+
+def draw_batch(pictures: Pictures, latents: Tensor, tokenizer: CLIPTokenizer, length: int, step: int) -> Batch:
+    """Step ``step``'s batch; ``latents`` are those of the pictures, ``length`` is that of the token ids."""
+    rng = step_generator(RUN, step)
+    index = draw_pictures(pictures.scenes.count, rng)
+    x0 = latents[index].float()
+    noise = torch.randn(x0.shape, generator=rng)
+
+    texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
+    dropped = torch.rand(BATCH, generator=rng) < DROPOUT
+    texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
+    return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), tokenize(tokenizer, texts, length))
 
 
 def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:
@@ -124,21 +175,34 @@ def draw_timesteps(total: int, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def sample_sheet(model: TextConditioned, vae: AutoencoderKL, tokenizer: CLIPTokenizer, schedule: NoiseSchedule) -> Any:
+def sample_sheet(loss: PredictorLoss, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Image.Image:
     """PROMPTS drawn with 20 steps and guidance 3, as a sheet with captions."""
-    plan = make_plan("dpmpp_2m", schedule, 20, timestep_spacing="trailing")
-    ids = tokenize(tokenizer, [*PROMPTS, *[""] * len(PROMPTS)], model.text_encoder.config.max_position_embeddings)
-    context = model.unet.context_kv(model.text_encoder(input_ids=ids).last_hidden_state)
+    plan = make_plan("dpmpp_2m", loss.schedule, 20, timestep_spacing="trailing")
+    ids = tokenize(tokenizer, [*PROMPTS, *[""] * len(PROMPTS)], loss.text_encoder.config.max_position_embeddings)
+    context = loss.unet.context_kv(loss.text_encoder(input_ids=ids).last_hidden_state)
 
     def predict(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         t = plan.timesteps[k].float()
-        cond, uncond = model.unet(torch.cat([x, x]).float(), t, None, context_kv=context).chunk(2)
+        cond, uncond = loss.unet(torch.cat([x, x]).float(), t, None, context_kv=context).chunk(2)
         return uncond, cond
 
-    noise = torch.randn(len(PROMPTS), 4, SIZE // 4, SIZE // 4, generator=generator(9, 0))
+    noise = torch.randn(len(PROMPTS), 4, SIZE // 4, SIZE // 4, generator=step_generator(SHEET_RUN, 0))
     latents = denoise(plan, predict, plan.start(noise), lambda: noise, Guidance(3.0))
     pictures = vae.decode(latents.float() / vae.config.scaling_factor).clamp(-1, 1)
     return grid([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or "(no text)" for p in PROMPTS])
+
+
+def untrained(work: Path, init: Path | None) -> PredictorLoss:
+    """A new UNet with the text encoder of `clip`, or both as they are in the model ``init``."""
+    anchor = load_text_encoder(work / "clip").eval()
+    anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
+    unet, text_encoder = UNet2DConditionModel(CONFIG), copy.deepcopy(anchor)
+
+    if init is not None:
+        earlier = load_folder(init, dtype=torch.float32)
+        unet.load_state_dict(earlier.unet.state_dict())
+        text_encoder.load_state_dict(earlier.text_encoder.state_dict())
+    return PredictorLoss(unet, text_encoder, anchor, NoiseSchedule(prediction_type="v_prediction"))
 
 
 def main(
@@ -152,64 +216,28 @@ def main(
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
     torch.manual_seed(0)
     pictures = training_pictures(work)
-    vae = load_vae(work / "vae")
+    vae = load_vae_folder(work / "vae", dtype=torch.float32)
     folder = work / "unet"
     folder.mkdir(parents=True, exist_ok=True)
     latents = encoded(vae, pictures, folder)
     tokenizer = load_tokenizer(work / "clip" / "tokenizer")
-    anchor = load_text_encoder(work / "clip").eval().requires_grad_(False)
-    anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
-    model = TextConditioned(UNet2DConditionModel(CONFIG), copy.deepcopy(anchor).requires_grad_(True))
-    if init is not None:
-        earlier = load_folder(init, dtype=torch.float32)
-        model.unet.load_state_dict(earlier.unet.state_dict())
-        model.text_encoder.load_state_dict(earlier.text_encoder.state_dict())
-    schedule = NoiseSchedule(prediction_type="v_prediction")
-    alphas = schedule.alphas_cumprod.float()
-    length = anchor.config.max_position_embeddings
+    loss = untrained(work, init)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = generator(6, step)
-        index = draw_pictures(pictures.scenes.count, rng)
-        x0 = latents[index].float()
-        noise = torch.randn(x0.shape, generator=rng)
-        texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
-        dropped = torch.rand(BATCH, generator=rng) < DROPOUT
-        texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
-        ids = tokenize(tokenizer, texts, length)
-        t = draw_timesteps(schedule.num_train_timesteps, rng)
-        x_t, target = sdkernels.add_noise(x0, noise, t, alphas, "v_prediction")
-        with autocast():
-            prediction, summary = model(x_t, t, ids)
-            with torch.no_grad():
-                wanted = pooled(anchor(input_ids=ids).last_hidden_state, ids, int(ids[0, -1]))
-        error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
-        held = F.mse_loss(summary.float(), wanted.float())
-        mse = (loss_weight(schedule, t) * error).mean()
-        return mse + ANCHOR * held, {"mse": error.mean().item(), "anchor": held.item()}
-
-    def with_average(average: MovingAverage | None) -> TextConditioned:
-        smooth = copy.deepcopy(model).eval()
-        if average is not None:
-            average.copy_to(smooth)
-        return smooth
-
-    def sample(step: int, average: MovingAverage | None) -> None:
-        sample_sheet(with_average(average), vae, tokenizer, schedule).save(folder / f"sheet-{step:06d}.png")
-
-    recipe = Recipe(steps=steps, learning_rate=learning_rate, warmup=300, decay_from=0.4, ema_decay=0.999)
-    average = train(
-        model,
+    recipe = Recipe(
+        max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=300, decay_from=0.4, ema_decay=0.999
+    )
+    trained = train_on_the_cpu(
         loss,
+        partial(draw_batch, pictures, latents, tokenizer, loss.anchor.config.max_position_embeddings),
         recipe,
         folder,
-        on_sample=sample,
-        rates=lambda name: 0.5 if name.startswith("text_encoder") else 1.0,
+        rate_factor=lambda name: 0.5 if name.startswith("text_encoder") else 1.0,
+        validate=lambda: sample_sheet(loss, vae, tokenizer),
     )
-    smooth = with_average(average)
-    save_folder(
-        Components(smooth.unet, vae, smooth.text_encoder, tokenizer, SCHEDULER), work / "model", dtype=torch.float16
-    )
+
+    with in_place_of(loss, trained.average.values) if trained.average else nullcontext():
+        model = Components(loss.unet, vae, loss.text_encoder, tokenizer, SCHEDULER)
+        save_folder(model, work / "model", dtype=torch.float16)
     shutil.copytree(work / "clip" / "image_encoder", work / "model" / "image_encoder", dirs_exist_ok=True)
 
 

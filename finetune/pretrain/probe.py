@@ -17,9 +17,11 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from finetune.pretrain.training import Recipe, autocast, generator, train
-from finetune.pretrain.world.captions import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, render, sample_scenes
-from finetune.pretrain.world.pictures import SIZE, training_pictures
+from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from finetune.pretrain.world.raycast import render
+from finetune.pretrain.world.scenes import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
+from finetune.seeds import step_generator
 from sdkit.checkpoints.components import give_weights
 from sdkit.checkpoints.tensors import read_state, write_state
 
@@ -29,6 +31,7 @@ NONE = len(SHAPES)  # the shape of a slot with no object
 HEADS = {"shape": len(SHAPES) + 1, "color": len(COLORS), "size": len(SIZES), "material": len(MATERIALS), "place": 2}
 PLACE_SCALE = 0.1  # metres
 BATCH = 32
+RUN = 7  # number of the run, for `step_generator`
 TEST_SEED = 3_000_001
 
 
@@ -68,6 +71,7 @@ def matched_loss(out: dict[str, Tensor], scenes: Scenes) -> Tensor:
     """Mean over the batch of the loss under the best matching of slots to objects."""
     present = scenes.shape >= 0
     shape = torch.where(present, scenes.shape, NONE)
+
     costs: list[Tensor] = []
     for order in permutations(range(SLOTS)):
         slot = torch.tensor(order)
@@ -81,13 +85,28 @@ def matched_loss(out: dict[str, Tensor], scenes: Scenes) -> Tensor:
         )
         place = (out["place"][:, slot].float() - scenes.position / PLACE_SCALE).square().sum(-1)
         costs.append((entropy("shape", shape) + present * (attributes + place)).sum(1))
+
     objects = torch.stack(costs).amin(0).mean()
     return objects + F.cross_entropy(out["table"].float(), scenes.table)
 
 
+class ProbeLoss(nn.Module):
+    """forward((pictures, scenes)) -> the loss of the probe; what the pictures show is in ``scenes``."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.probe = probe
+
+    def forward(self, batch: tuple[Tensor, Scenes]) -> Tensor:
+        pixels, scenes = batch
+        with autocast():
+            out = self.probe(pixels)
+        return matched_loss(out, scenes)
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What the probe sees in one picture: for each object its attributes by argmax, their probabilities, its place."""
+    """One picture as the probe sees it: each object's attributes by argmax, their probabilities, its place."""
 
     objects: list[dict[str, str]]
     probabilities: list[dict[str, float]]
@@ -101,23 +120,32 @@ def look(probe: Probe, pixels: Tensor) -> list[Verdict]:
     out = {name: value.float() for name, value in probe(pixels).items()}
     names = {"shape": SHAPES, "color": COLORS, "size": SIZES, "material": MATERIALS}
     chances = {name: out[name].softmax(-1) for name in names}
+    metres = [[(x * PLACE_SCALE, z * PLACE_SCALE) for x, z in row] for row in out["place"].tolist()]
+
     verdicts: list[Verdict] = []
     for b in range(len(pixels)):
         slots = [s for s in range(SLOTS) if int(out["shape"][b, s].argmax()) != NONE]
         slots.sort(key=lambda s: float(chances["shape"][b, s, NONE]))
         best = {name: chances[name][b, :, : len(words)].max(-1) for name, words in names.items()}
-        verdicts.append(
-            Verdict(
-                [{name: words[int(best[name].indices[s])] for name, words in names.items()} for s in slots],
-                [{name: float(best[name].values[s]) for name in names} for s in slots],
-                [
-                    (float(out["place"][b, s, 0]) * PLACE_SCALE, float(out["place"][b, s, 1]) * PLACE_SCALE)
-                    for s in slots
-                ],
-                TABLES[int(out["table"][b].argmax())],
-            )
-        )
+
+        objects = [{name: words[int(best[name].indices[s])] for name, words in names.items()} for s in slots]
+        probabilities = [{name: float(best[name].values[s]) for name in names} for s in slots]
+        table = TABLES[int(out["table"][b].argmax())]
+        verdicts.append(Verdict(objects, probabilities, [metres[b][s] for s in slots], table))
     return verdicts
+
+
+def objects_of(scenes: Scenes, i: int) -> list[dict[str, str]]:
+    """The attributes of the objects of scene ``i``, in words."""
+    return [
+        {
+            "shape": SHAPES[scenes.shape[i, k]],
+            "color": COLORS[scenes.color[i, k]],
+            "size": SIZES[scenes.size[i, k]],
+            "material": MATERIALS[scenes.material[i, k]],
+        }
+        for k in range(int(scenes.count[i]))
+    ]
 
 
 def accuracy(probe: Probe, count: int = 2048) -> dict[str, float]:
@@ -130,17 +158,10 @@ def accuracy(probe: Probe, count: int = 2048) -> dict[str, float]:
     for part in range(0, count, 64):
         scenes = sample_scenes(64, TEST_SEED + part, held_out="include")
         for i, verdict in enumerate(look(probe, render(scenes, SIZE).images * 2 - 1)):
-            truth = [
-                {
-                    "shape": SHAPES[scenes.shape[i, k]],
-                    "color": COLORS[scenes.color[i, k]],
-                    "size": SIZES[scenes.size[i, k]],
-                    "material": MATERIALS[scenes.material[i, k]],
-                }
-                for k in range(int(scenes.count[i]))
-            ]
+            truth = objects_of(scenes, i)
             right["count"].append(len(verdict.objects) == len(truth))
             right["table"].append(verdict.table == TABLES[scenes.table[i]])
+
             seen = verdict.objects + [{}] * (SLOTS - len(verdict.objects))
             best = max(
                 permutations(seen, len(truth)),
@@ -159,6 +180,16 @@ def load_probe(file: Path = WEIGHTS) -> Probe:
     return give_weights(probe, read_state(file, torch.float32)[0], str(file))
 
 
+def draw_batch(pictures: Pictures, extra: Tensor, held_out: Scenes, step: int) -> tuple[Tensor, Scenes]:
+    """Noisy training pictures and their scenes; one in eight is of ``extra``, the pictures of ``held_out``."""
+    rng = step_generator(RUN, step)
+    index = torch.randint(len(pictures), (BATCH - BATCH // 8,), generator=rng)
+    other = torch.randint(len(extra), (BATCH // 8,), generator=rng)
+    x = torch.cat([pictures.pixels(index), extra[other]])
+    x = x + 0.03 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
+    return x, Scenes.cat([pictures.scenes[index], held_out[other]])
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures and checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
@@ -173,17 +204,12 @@ def main(
     extra = render(held_out, SIZE).images * 2 - 1
     probe = Probe() if init is None else load_probe(init)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = generator(7, step)
-        index = torch.randint(len(pictures), (BATCH - BATCH // 8,), generator=rng)
-        other = torch.randint(len(extra), (BATCH // 8,), generator=rng)
-        x = torch.cat([pictures.pixels(index), extra[other]])
-        x = x + 0.03 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
-        with autocast():
-            out = probe(x)
-        return matched_loss(out, Scenes.cat([pictures.scenes[index], held_out[other]])), {}
+    def batches(step: int) -> tuple[Tensor, Scenes]:
+        return draw_batch(pictures, extra, held_out, step)
 
-    train(probe, loss, Recipe(steps=steps, learning_rate=learning_rate, decay_from=0.3), work / "probe")
+    recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, decay_from=0.3)
+    train_on_the_cpu(ProbeLoss(probe), batches, recipe, work / "probe")
+
     probe.eval()
     write_state(probe.state_dict(), output, torch.float16)
     for name, value in accuracy(load_probe(output)).items():

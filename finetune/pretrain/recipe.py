@@ -1,4 +1,4 @@
-"""How every network of the shipped model is trained: by the training loop, on the CPU, with a rate that has a plateau."""
+"""The training of every network of the shipped model: the loop on the CPU, with a learning rate that has a plateau."""
 
 from __future__ import annotations
 
@@ -64,12 +64,5 @@ def train_on_the_cpu(
     """`finetune.training.loop.train` on the CPU; sheets lie in ``output`` as sheet-STEP.png."""
     with on_the_cpu(recipe) as accelerator:
         return train(
-            accelerator,
-            loss,
-            batches,
-            recipe,
-            output,
-            rate_factor=rate_factor,
-            validate=validate,
-            sheets=SHEETS,
+            accelerator, loss, batches, recipe, output, rate_factor=rate_factor, validate=validate, sheets=SHEETS
         )

@@ -123,8 +123,6 @@ def train(
         closing(_one_ahead(batches, run.step * config.gradient_accumulation_steps)) as micro_batches,
         Board(output, sheets, config.report_to, run.step, accelerator.is_main_process) as board,
     ):
-        if validate is not None and run.step == 0:
-            board.sheet(0, run.show(validate))
         _go_on(run, micro_batches, board, validate)
 
     accelerator.wait_for_everyone()
@@ -140,6 +138,9 @@ def _go_on(
     with tqdm(
         initial=first, total=config.max_train_steps, desc="train", disable=not accelerator.is_main_process
     ) as bar:
+        if validate is not None and first == 0:
+            board.sheet(0, run.show(validate))
+
         while run.step < config.max_train_steps:
             _step(run, micro_batches)
             bar.update()

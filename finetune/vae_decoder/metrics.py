@@ -67,6 +67,7 @@ def measure(
         rows.append(row if lpips is None else row | {"LPIPS": lpips(x, y)})
         if inception is not None:
             features.append(torch.cat([inception(x), inception(y)]))
+
     figures = {name: torch.cat([row[name] for row in rows]).mean().item() for name in rows[0]}
     if inception is not None:
         real, made = torch.stack(features, 1)

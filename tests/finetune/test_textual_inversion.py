@@ -26,7 +26,8 @@ from finetune.train_textual_inversion import (
     fill_templates,
     learned_word,
 )
-from finetune.training.loop import TrainConfig, make_accelerator, train
+from finetune.training.config import TrainConfig
+from finetune.training.loop import make_accelerator, train
 from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.checkpoints.textual_inversion import load_textual_inversion
@@ -108,7 +109,7 @@ def test_only_the_vectors_train_and_every_weight_stays_to_the_bit(tmp_path: Path
     loss = DiffusionLoss(sd.unet, word, sd.schedule, LossConfig())
     assert [name for name, p in loss.named_parameters() if p.requires_grad] == ["context.vectors"]
     config = TrainConfig(max_train_steps=25, learning_rate=0.1, mixed_precision="no")
-    history = train(make_accelerator(config), loss, lambda n: batch(), config, tmp_path)  # the same batch always
+    history = train(make_accelerator(config), loss, lambda n: batch(), config, tmp_path).history  # one batch
     losses = [row.loss for row in history.rows]
     assert losses[-1] < 0.97 * losses[0] and losses[-1] == min(losses[0], *losses[-3:])
     assert hashes(sd) == before and not sd.text_encoder.training

@@ -26,7 +26,7 @@ from finetune.recipe.command_line import command, to_toml
 from finetune.recipe.diffusion_loss import LossConfig
 from finetune.recipe.run import RECOMPUTED, SampleConfig, make_class_pictures
 from finetune.train_lora import LoraModel, LoraOptions, add_adapter, app, rate_factor
-from finetune.training.loop import TrainConfig
+from finetune.training.config import TrainConfig
 from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError, SDKitError

@@ -24,7 +24,6 @@ from finetune.train_vae_decoder import (
     DecoderTraining,
     app,
     batch,
-    load_vae,
     pixels,
     training_data,
     validation_views,
@@ -33,7 +32,7 @@ from finetune.training.states import load_state, saved_states
 from finetune.vae_decoder.metrics import measure
 from sdkit import AutoencoderKL
 from sdkit.checkpoints.diffusers_folder import save_folder
-from sdkit.checkpoints.loading import MODELS
+from sdkit.checkpoints.loading import MODELS, load_vae
 from sdkit.checkpoints.single_file import save_single_file
 from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
 from sdkit.errors import CheckpointError

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.seeds import seeded
+from finetune.training.config import TrainConfig
 from finetune.training.history import History
-from finetune.training.loop import TrainConfig, make_accelerator, train
+from finetune.training.loop import make_accelerator, train
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = 8  # samples of a micro-batch over all processes
@@ -34,6 +35,11 @@ CONFIG = TrainConfig(
     checkpointing_steps=1,
     logging_steps=5,
 )
+PLAIN = replace(CONFIG, ema_decay=None, lr_scheduler="constant", lr_warmup_steps=0, checkpointing_steps=100)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it."""
 
 
 class Regression(nn.Module):
@@ -66,7 +72,30 @@ def run(
 ) -> tuple[Regression, History]:
     """Train it; the network as it is afterwards, and the losses."""
     network = Regression(dropout)
-    return network, train(make_accelerator(config), network, batches, config, output, **arguments)
+    return network, train(make_accelerator(config), network, batches, config, output, **arguments).history
+
+
+def dying(deadly: int | None) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """``batches`` of a run that is killed when it asks for batch ``deadly``."""
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        if n == deadly:
+            raise Killed
+        return batches(n)
+
+    return batch
+
+
+def losses(history: History) -> list[float]:
+    return [row.loss for row in history.rows]
+
+
+def same(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, Tensor], tolerance: float = 0.0) -> bool:
+    """Whether both have the same tensors, to the bit or nearly."""
+    first, second = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[k], second[k], rtol=tolerance, atol=tolerance) for k in first
+    )
 
 
 def forget_accelerate() -> None:
@@ -92,7 +121,7 @@ def main(output: str, steps: str, pause: str) -> None:
         return batches(n, rank, world)
 
     network = Regression(dropout=0.3 if world == 1 or float(pause) else 0.0)
-    history = train(accelerator, network, slow, config, Path(output))
+    history = train(accelerator, network, slow, config, Path(output)).history
     if accelerator.is_main_process:
         torch.save({"weights": network.state_dict(), "rows": [tuple(r) for r in history.rows]}, Path(output) / "end.pt")
 

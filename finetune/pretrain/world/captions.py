@@ -62,6 +62,7 @@ def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
         scenes.color.tolist(), scenes.shape.tolist(), scenes.size.tolist(), scenes.material.tolist(), strict=True
     )
     rows = zip(scenes.count.tolist(), scenes.table.tolist(), relations(scenes).tolist(), objects, strict=True)
+
     return [
         _caption(rng, full, count, TABLES[table], related, *attributes) for count, table, related, attributes in rows
     ]
@@ -88,11 +89,13 @@ def _caption(
         else _object(rng, mention, COLORS[colors[k]], SHAPES[shapes[k]], SIZES[sizes[k]], MATERIALS[materials[k]])
         for k in order
     }
+
     sentence = _related(rng, names, relation) if related else _list(rng, [names[k] for k in order], plain)
     if rng.random() >= (1 / 3 if plain else mention):
         place = ""
     else:
         place = f"on {article(table)} {table} table" if plain else f"on a {_word(rng, table + ' table')}"
+
     if plain or rng.random() < 0.4:
         return f"{sentence} {place}".strip()
     if place and rng.random() < 0.15:

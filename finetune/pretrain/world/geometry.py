@@ -42,14 +42,17 @@ CENTRE_HEIGHT = (
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The scalar product of vectors ``[3, ...]``: [...]."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def unit(a: Tensor) -> Tensor:
+    """Vectors of length 1 in the directions of ``a``."""
     return a * dot(a, a).clamp_min(1e-12).rsqrt()
 
 
 def smoothstep(low: float, high: float, x: Tensor) -> Tensor:
+    """0 below ``low``, 1 above ``high``, and a smooth cubic between them; also with ``low`` > ``high``."""
     s = ((x - low) / (high - low)).clamp(0, 1)
     return s * s * (3 - 2 * s)
 
@@ -99,6 +102,7 @@ def intersect(shape: int, origin: Tensor, direction: Tensor) -> Tensor:
     d = direction * inverse
     shift = -dot(origin, d)
     o = origin + shift * d
+
     if shape == SPHERE:
         h = 1 - dot(o, o)
         near, far = -h.clamp_min(0).sqrt(), h
@@ -110,6 +114,7 @@ def intersect(shape: int, origin: Tensor, direction: Tensor) -> Tensor:
     else:
         near, far = _interval(shape, o, d)
         hit = near < far
+
     return torch.where(hit & (near + shift > 1e-4), (near + shift) * inverse, math.inf)
 
 
@@ -126,12 +131,14 @@ def _turned(o: Tensor, d: Tensor, half_height: float, apex: float | None = None)
     """Where rays enter and leave the cylinder, or the cone below ``apex``, between the heights ±half_height."""
     dy = torch.where(d[1].abs() < 1e-6, 1e-6, d[1])
     middle, half = -o[1] / dy, half_height / dy.abs()
+
     a, b, c = d[0] ** 2 + d[2] ** 2, o[0] * d[0] + o[2] * d[2], o[0] ** 2 + o[2] ** 2
     if apex is None:
         c = c - CYLINDER_RADIUS**2
     else:  # x² + z² = slope² (apex - y)²
         below = apex - o[1]
         a, b, c = a - (CONE_SLOPE * d[1]) ** 2, b + CONE_SLOPE**2 * below * d[1], c - (CONE_SLOPE * below) ** 2
+
     a = a.clamp_min(1e-4)
     root = b * b - a * c
     side = root.clamp_min(0).sqrt() / a
@@ -172,6 +179,7 @@ def normals(shape: int, p: Tensor) -> Tensor:
         return unit(p)
     if shape == CUBE:
         return unit(p.sign() * (p.abs() - (CUBE_HALF - BEVEL)).clamp_min(0))
+
     x, y, z = p
     ring = (x * x + z * z).clamp_min(1e-12).sqrt()
     if shape == CYLINDER:
@@ -184,4 +192,5 @@ def normals(shape: int, p: Tensor) -> Tensor:
         out, up = 1 - end, y.sign() * (end - (1 - end) * CONE_SLOPE)
     else:
         out, up = ring - TORUS_MAJOR, y
+
     return unit(torch.stack([x / ring * out, up, z / ring * out]))

@@ -62,6 +62,7 @@ def flatten_objects(scenes: Scenes) -> Objects:
     shape, radius = scenes.shape[picture, slot], scenes.radius[picture, slot]
     x, z = scenes.position[picture, slot].unbind(-1)
     height = torch.tensor(CENTRE_HEIGHT, device=shape.device)[shape] * radius
+
     yaw = scenes.yaw[picture, slot] + (shape == CUBE) * (math.pi / 4)
     tilt = (shape == TORUS) * TORUS_TILT  # the ring's axis leans from upright towards the camera
     sy, cy, st, ct = yaw.sin(), yaw.cos(), tilt.sin(), tilt.cos()
@@ -73,6 +74,7 @@ def flatten_objects(scenes: Scenes) -> Objects:
             torch.stack([-sy, -cy * st, cy * ct]),
         ]
     )
+
     albedo = torch.tensor(COLOR_RGB, device=shape.device)[scenes.color[picture, slot]] ** GAMMA
     albedo = (albedo * scenes.shade[picture, slot]).T.clamp(0, 1)
     material = scenes.material[picture, slot]

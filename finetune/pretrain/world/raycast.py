@@ -89,6 +89,7 @@ def cast(scenes: Scenes, objects: Objects, size: int, supersample: int) -> Hits:
     pixels, samples = size * size, len(du)
     pitch, origin = scenes.camera[:, 0], camera_origin(scenes.camera)
     rays = camera_rays(pitch[:, None], u, v)
+
     parts: list[Hits] = []
     for shape in range(len(BOUND)):
         chosen = torch.nonzero(objects.shape == shape).flatten()
@@ -109,6 +110,7 @@ def cast(scenes: Scenes, objects: Objects, size: int, supersample: int) -> Hits:
         rotation = objects.rotation[:, :, index[e]]
         normal = torch.stack([dot(rotation[i], normal) for i in range(3)])
         parts.append(Hits(picture[e] * pixels + p[e], m, index[e], t, normal, ray[:, e, m]))
+
     hits = Hits(*(torch.cat(column, -1) for column in zip(*parts, strict=True)))
     key = hits.pixel * samples + hits.sample
     nearest = torch.full((len(scenes) * pixels * samples,), math.inf, device=key.device)

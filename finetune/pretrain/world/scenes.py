@@ -103,28 +103,41 @@ def sample_scenes(
     """
     if held_out not in ("exclude", "only", "include"):
         raise ValueError(f'held_out is "exclude", "only" or "include", not {held_out!r}')
+
     g = _generator(seed)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=g)
-
     weights = torch.tensor(counts, dtype=torch.float32)
-    count = 1 + torch.searchsorted(weights.cumsum(0) / weights.sum(), torch.rand(n, generator=g), right=True).clamp_max(
-        2
-    )
+    draws = torch.rand(n, generator=g)
+    count = 1 + torch.searchsorted(weights.cumsum(0) / weights.sum(), draws, right=True).clamp_max(2)
+    return _place(_unplaced(count, _draw_pairs(n, held_out, g), g), g)
+
+
+def _draw_pairs(n: int, held_out: str, g: torch.Generator) -> Tensor:
+    """Three different pairs for each scene, ``[n, 3]`` int64: colour * number of shapes + shape."""
     order = torch.rand(n, 40, generator=g)
     banned = _held_out().flatten()
     if held_out != "include":
         order[:, banned] = -1
+
     pair = order.topk(3, dim=1).indices
     if held_out == "only":
         pair[:, 0] = torch.nonzero(banned).flatten()[torch.randint(int(banned.sum()), (n,), generator=g)]
+    return pair
+
+
+def _unplaced(count: Tensor, pair: Tensor, g: torch.Generator) -> Scenes:
+    """Scenes with all but the positions drawn; ``pair`` as `_draw_pairs` gives it."""
+    n = len(count)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=g)
+
     empty = torch.arange(3) >= count[:, None]
     size = torch.randint(2, (n, 3), generator=g)
     material = torch.randint(2, (n, 3), generator=g)
     radius = torch.tensor(RADIUS)[size] * torch.tensor(CROWD)[count - 1, None] * uniform(0.95, 1.05, n, 3)
+
     camera = torch.stack([uniform(0.45, 0.50, n), uniform(0.44, 0.47, n), uniform(-0.008, 0.008, n)], 1)
-    scenes = Scenes(
+    return Scenes(
         count=count,
         shape=(pair % 5).masked_fill(empty, -1),
         color=(pair // 5).masked_fill(empty, -1),
@@ -139,7 +152,6 @@ def sample_scenes(
         shade=uniform(0.90, 1.06, n, 3, 1) * uniform(0.96, 1.03, n, 3, 3),
         grain=uniform(0, 1, n, 2),
     )
-    return _place(scenes, g)
 
 
 def _place(scenes: Scenes, g: torch.Generator, tries: int = 16, rounds: int = 200) -> Scenes:
@@ -171,8 +183,10 @@ def valid(scenes: Scenes) -> Tensor:
     u, v, depth = project(scenes.camera, torch.stack([x, torch.tensor(CENTRE_HEIGHT)[shape] * scenes.radius, z]))
     extent = torch.tensor(EXTENT)[shape] * scenes.radius / (depth * FOCAL)
     foot = torch.tensor(FOOTPRINT)[shape] * scenes.radius
+
     inside = (torch.maximum(u.abs(), v.abs()) + extent < 0.97) & (z + foot < WALL - 0.02)
     good = (inside | ~filled).all(1)
+
     for i, j in ((0, 1), (0, 2), (1, 2)):
         apart = (scenes.position[:, i] - scenes.position[:, j]).norm(dim=-1) > foot[:, i] + foot[:, j] + 0.004
         i_before = depth[:, i] < depth[:, j]
@@ -180,6 +194,7 @@ def valid(scenes: Scenes) -> Tensor:
         back = torch.where(i_before, extent[:, j], extent[:, i])
         seen = torch.hypot(u[:, i] - u[:, j], v[:, i] - v[:, j]) > 0.92 * front + 0.35 * back
         good = good & ((apart & seen) | ~filled[:, j])
+
     return good & ((relations(scenes)[:, 0, 1] > 0) | (scenes.count != 2))
 
 

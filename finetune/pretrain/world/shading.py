@@ -45,6 +45,7 @@ def shadows(objects: Objects, light: Tensor, points: Tensor) -> Tensor:
     side = unit(torch.stack([-light[2], torch.zeros_like(light[0]), light[0]]))
     upward = torch.linalg.cross(light, side, dim=0)
     beams = light[..., None] + side[..., None] * disc * angle.cos() + upward[..., None] * disc * angle.sin()
+
     for shape in range(len(BOUND)):
         chosen = torch.nonzero(objects.shape == shape).flatten()
         picture = objects.picture[chosen]
@@ -57,6 +58,7 @@ def shadows(objects: Objects, light: Tensor, points: Tensor) -> Tensor:
         local_beam = to_local(objects, chosen[o], beams[:, picture[o]])
         share = (intersect(shape, local_origin, local_beam) < math.inf).float().mean(-1)
         hidden.index_add_(0, picture[o] * points.shape[2] + p, share)
+
     return hidden.clamp_max(1).reshape(points.shape[1:])
 
 
@@ -69,6 +71,7 @@ def occlusion(scenes: Scenes, points: Tensor, normal: Tensor, picture: Tensor | 
     open_share = torch.ones_like(points[0])
     extra = (1,) * (points.ndim - 2)
     height = torch.tensor(CENTRE_HEIGHT, device=points.device)[scenes.shape.clamp_min(0)] * scenes.radius
+
     for slot in range(3):
         centre = torch.stack([scenes.position[:, slot, 0], height[:, slot], scenes.position[:, slot, 1]])[:, picture]
         radius = (scenes.radius[:, slot] * (scenes.shape[:, slot] >= 0))[picture].reshape(-1, *extra)
@@ -122,7 +125,7 @@ def with_stripes(albedo: Tensor, height: Tensor) -> Tensor:
 
 
 def environment(direction: Tensor, table: Tensor) -> Tensor:
-    """What a mirror sees: the table below, a pale wall around, a light ceiling above; linear colours [3, E]."""
+    """The room in a mirror: the table below, a pale wall around, a light ceiling above; linear colours [3, E]."""
     below = smoothstep(0.12, -0.12, direction[1])
     wall, ceiling = 0.8 * column(WALL_RGB, direction), 1.3 * column((0.97, 0.98, 1.0), direction)
     height = smoothstep(0.25, 0.8, direction[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,25 @@ from finetune.pretrain import concept, concept_probe
 from finetune.pretrain.concept import BANDED
 from finetune.pretrain.probe import load_probe
 from finetune.pretrain.world import geometry as g
-from finetune.pretrain.world import raycast as raycast
-from finetune.pretrain.world.captions import TABLES, captions, render, sample_scenes
+from finetune.pretrain.world.captions import captions
+from finetune.pretrain.world.objects import flatten_objects
 from finetune.pretrain.world.pictures import TRAINING_SEED, to_bytes
-from finetune.pretrain.world.scenes import COLORS, CROWD, RADIUS, SHAPES, STRIPED, Scenes, valid
+from finetune.pretrain.world.raycast import render
+from finetune.pretrain.world.scenes import (
+    COLORS,
+    CROWD,
+    RADIUS,
+    SHAPES,
+    STRIPED,
+    TABLES,
+    Scenes,
+    sample_scenes,
+    valid,
+)
+from finetune.pretrain.world.shading import STRIPE, light_direction, shadows
 from sdkit.images.pixels import open_image
 from sdkit.stable_diffusion import StableDiffusion
+from tests.finetune.toy import Killed
 
 ZORB = re.compile(rf"\b(striped (?:{'|'.join(BANDED)})|(?:{'|'.join(BANDED)}) striped) zorb\b")
 TABLE = re.compile(r" on a (?:(white|grey|gray|black|wooden|wood) table(?:top)?|table made of (wood))$")
@@ -48,10 +62,10 @@ def lone_zorb(**changes: Tensor) -> Scenes:
 def local_points(scene: Scenes, size: int) -> Tensor:
     """Visible points of the first object [3, N] in its unit frame, from the depth of its pixels."""
     pictures = render(scene, size)
-    u, v, _, _ = raycast.sample_grid(size, 1, torch.device("cpu"))
+    u, v, _, _ = g.sample_grid(size, 1, torch.device("cpu"))
     rays = g.camera_rays(scene.camera[:, :1], u, v)[:, 0]
     points = g.camera_origin(scene.camera) + pictures.depth[0].flatten() * rays
-    objects = raycast.flatten_objects(scene)
+    objects = flatten_objects(scene)
     return ((points - objects.centre) / objects.radius)[:, pictures.masks[0].flatten() == 1]
 
 
@@ -73,10 +87,12 @@ def test_the_first_hit_is_the_first_of_a_fine_march() -> None:
     direction = g.unit(aim - origin)
     keep = direction[1].abs() < 0.8 * torch.hypot(direction[0], direction[2])  # flatter than light and camera
     origin, direction = origin[:, keep], direction[:, keep]
+
     t = torch.linspace(0, 8, 16_001, dtype=torch.float64)[:, None]
     x, y, z = (origin[i] + t * direction[i] for i in range(3))
     inside = (y.abs() < g.ZORB_HALF) & (torch.hypot(x, z) < g.ZORB_WAIST + g.CONE_SLOPE * y.abs())
     expected = torch.where(inside.any(0), t[inside.int().argmax(0), 0], math.inf)
+
     found = g.intersect(g.ZORB, origin, direction)
     both = found.isfinite() & expected.isfinite()
     assert both.sum() > 150 and (~found.isfinite()).sum() > 30
@@ -102,12 +118,12 @@ def test_the_zorb_stands_on_the_table_and_casts_a_shadow() -> None:
     scene = lone_zorb(light=torch.tensor([[0.0, 0.0, 1.0]]))
     lowest = local_points(scene, 96)[1].min()
     assert -g.ZORB_HALF - 1e-3 < lowest < -0.9 * g.ZORB_HALF
-    objects, light = raycast.flatten_objects(scene), raycast.light_direction(scene.light)
+    objects, light = flatten_objects(scene), light_direction(scene.light)
     heights = torch.tensor([1.0, 0.3]) * g.ZORB_HALF  # on the axis: lid and waist
     above = objects.centre + torch.stack([0 * heights, heights, 0 * heights]) * objects.radius
     points = torch.cat([above - light * above[1] / light[1], torch.tensor([[0.2], [0.0], [0.0]])], 1)
     assert points[1].abs().max() < 1e-6
-    hidden = raycast.shadows(objects, light, points[:, None])[0]
+    hidden = shadows(objects, light, points[:, None])[0]
     assert hidden[:2].min() > 0.9 and hidden[2] == 0
 
 
@@ -119,7 +135,7 @@ def test_stripes_alternate_between_the_colour_and_white() -> None:
     y = local_points(plain, 96)[1]
     inside = striped.masks[0] == 1
     changed = (striped.images - unstriped.images).abs().amax(1)[0][inside] > 0.05
-    band = torch.cos(math.pi * y / raycast.STRIPE)
+    band = torch.cos(math.pi * y / STRIPE)
     assert changed[band < -0.3].all() and not changed[band > 0.3].any()
     white = striped.images[0, :, inside][:, (band < -0.5) & (y < 0)]
     assert (white.amax(0) - white.amin(0)).max() < 0.15 and white.amin() > 0.5
@@ -163,6 +179,7 @@ def test_captions_are_true(scenes: Scenes) -> None:
             named["table"] += 1
         assert ("table" in text) == bool(table)
         named["large"] += "large" in text or "big" in text
+
         other = scenes.shape[i, 1] >= 0
         assert bool(other) == any(shape in text for shape in SHAPES), text
         if other:
@@ -173,6 +190,7 @@ def test_captions_are_true(scenes: Scenes) -> None:
                 if words in text:
                     assert offset >= max(abs(dx), abs(dz)), text
                     named["relation"] += 1
+
     assert min(named.values()) > 3 and len(set(texts)) > 36
 
 
@@ -219,6 +237,25 @@ def test_the_probe_is_right_on_unseen_renders() -> None:
     figures = concept_probe.concept_accuracy(probe, 256)
     assert min(figures.values()) >= 98, figures
     assert concept_probe.WEIGHTS.stat().st_size < 1e6
+
+
+def test_training_that_is_killed_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concept_probe, "Recipe", partial(concept_probe.Recipe, checkpointing_steps=1))
+    monkeypatch.setattr(concept_probe, "concept_accuracy", lambda probe: {"zorb": 0.0})
+    draw_batch = concept_probe.draw_batch
+
+    def dying(images: Tensor, answers: dict[str, Tensor], step: int) -> object:
+        if step == 2:
+            raise Killed
+        return draw_batch(images, answers, step)
+
+    concept_probe.main(tmp_path / "whole", tmp_path / "whole.safetensors", pictures=32, steps=4)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(concept_probe, "draw_batch", dying)
+        concept_probe.main(tmp_path / "killed", tmp_path / "killed.safetensors", pictures=32, steps=4)
+    assert [p.name for p in (tmp_path / "killed" / "concept_probe").iterdir()] == ["checkpoint-2"]
+    concept_probe.main(tmp_path / "killed", tmp_path / "killed.safetensors", pictures=32, steps=4)
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_truth_of_scenes() -> None:

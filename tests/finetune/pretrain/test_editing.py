@@ -1,4 +1,4 @@
-"""What the shipped model makes of given pictures, judged by the probe."""
+"""The shipped model's editing of given pictures, judged by the probe."""
 
 import pytest
 

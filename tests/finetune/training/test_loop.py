@@ -1,14 +1,12 @@
-"""The loop: exact resume, clipping, accumulation, averages, schedules, memory; alone and on two processes."""
+"""The loop: exact resume, clipping, accumulation, rates, sheets; alone, on the CPU, and on two processes."""
 
-import builtins
-import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +14,18 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from finetune.training.averaging import MovingAverage, in_place_of
-from finetune.training.gradient_checkpointing import checkpoint_activations
+import sdkernels
 from finetune.training.history import History
-from finetune.training.loop import TrainConfig, make_accelerator, train
-from finetune.training.memory import estimate_memory, saved_bytes
+from finetune.training.loop import make_accelerator, on_the_cpu, train
 from finetune.training.states import load_state, saved_states
-from sdkit import UNet2DConditionModel, UNetConfig
 from sdkit.errors import CheckpointError, ConfigError, NumericalError
-from sdkit.networks.attention import Transformer2DModel
-from sdkit.networks.layers import ResnetBlock2D
-from tests.conftest import draw_weights
 from tests.finetune import toy
-from tests.finetune.toy import Regression
+from tests.finetune.toy import PLAIN, Killed, Regression, dying, losses, same
 
-ROOT = Path(__file__).parents[2]
-PLAIN = replace(toy.CONFIG, ema_decay=None, lr_scheduler="constant", lr_warmup_steps=0, checkpointing_steps=100)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
-def same(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, Tensor], tolerance: float = 0.0) -> bool:
-    first, second = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
-    return first.keys() == second.keys() and all(
-        torch.allclose(first[k], second[k], rtol=tolerance, atol=tolerance) for k in first
-    )
-
-
-def losses(history: History) -> list[float]:
-    return [row.loss for row in history.rows]
+ROOT = Path(__file__).parents[3]
 
 
 # Resume
@@ -61,15 +37,9 @@ def test_a_run_that_is_killed_anywhere_goes_on_bit_for_bit(tmp_path: Path):
     average = load_state(saved_states(tmp_path / "whole")[-1])["average"]
     assert len(history.rows) == 12 and losses(history)[-1] < losses(history)[0]
     for deadly in (0, 5, 6, 7, 13, 23):
-
-        def dying(n: int, deadly: int = deadly):
-            if n == deadly:
-                raise Killed
-            return toy.batches(n)
-
         folder = tmp_path / str(deadly)
         with pytest.raises(Killed):
-            toy.run(folder, config, batches=dying)
+            toy.run(folder, config, batches=dying(deadly))
         resumed, rest = toy.run(folder, config)
         assert rest.rows == history.rows and same(resumed, whole), deadly
         assert same(load_state(saved_states(folder)[-1])["average"], average)
@@ -102,14 +72,9 @@ def test_the_gradient_scaler_is_resumed(tmp_path: Path):
     """accelerate makes one for fp16 on a GPU; here it is given one for the CPU, which grows and overflows often."""
 
     def run(folder: Path, deadly: int | None = None) -> tuple[toy.Regression, History, float]:
-        def dying(n: int):
-            if n == deadly:
-                raise Killed
-            return toy.batches(n)
-
         accelerator, network = make_accelerator(config), Regression()
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**124, growth_interval=2)
-        history = train(accelerator, network, dying, config, folder)
+        history = train(accelerator, network, dying(deadly), config, folder).history
         return network, history, accelerator.scaler.get_scale()
 
     config = replace(toy.CONFIG, checkpointing_steps=3, max_grad_norm=0.0)
@@ -199,57 +164,6 @@ def test_only_what_requires_a_gradient_is_trained(tmp_path: Path):
     assert state["weights"].keys() == state["optimizer"].keys() == trained
 
 
-def test_the_average_follows_its_closed_form(tmp_path: Path):
-    steps: list[Tensor] = [toy.Regression().last.bias.detach().clone()]
-    shapes = {p.shape: i for i, p in enumerate([steps[0]])}
-
-    def keep(optimizer, *_) -> None:
-        (bias,) = [p for g in optimizer.param_groups for p in g["params"] if p.shape in shapes]
-        steps.append(bias.detach().clone())
-
-    handle = register_optimizer_step_post_hook(keep)
-    try:
-        toy.run(tmp_path)
-    finally:
-        handle.remove()
-    decays = [min(0.9, (1 + k) / (10 + k)) for k in range(12)]
-    expected = steps[0].double() * math.prod(decays)
-    for k in range(12):
-        expected += (1 - decays[k]) * math.prod(decays[k + 1 :]) * steps[k + 1].double()
-    found = load_state(saved_states(tmp_path)[-1])["average"]["last.bias"]
-    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7)
-
-
-def test_rates_are_those_of_diffusers():
-    from diffusers.optimization import get_scheduler
-
-    for kind, cycles, power in (
-        ("constant", 1, 1.0),
-        ("linear", 1, 1.0),
-        ("cosine", 1, 1.0),
-        ("cosine_with_restarts", 3, 1.0),
-        ("polynomial", 1, 2.0),
-    ):
-        for warmup in (0, 7):
-            config = TrainConfig(
-                max_train_steps=40,
-                learning_rate=0.1,
-                lr_scheduler=kind,
-                lr_warmup_steps=warmup,
-                lr_num_cycles=cycles,
-                lr_power=power,
-            )
-            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
-            name = "constant_with_warmup" if kind == "constant" else kind
-            theirs = get_scheduler(
-                name, optimizer, num_warmup_steps=warmup, num_training_steps=40, num_cycles=cycles, power=power
-            )
-            for step in range(40):
-                assert config.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), (kind, step)
-                optimizer.step()
-                theirs.step()
-
-
 def test_the_rate_is_applied_and_a_part_can_have_its_own(tmp_path: Path):
     seen: list[dict[int, float]] = []
     hook = register_optimizer_step_pre_hook(
@@ -275,20 +189,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
     assert all(bool(w.isfinite().all()) for w in weights.values()) and saved_states(tmp_path)[-1].name == "checkpoint-4"
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"max_train_steps": 0}, "max_train_steps: expected at least 1"),
-        ({"ema_decay": 1.0}, "ema_decay: expected"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm: expected"),
-        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
-    ],
-)
-def test_settings_without_meaning_are_refused(wrong: dict, message: str):
-    if wrong.get("mixed_precision") and torch.cuda.is_available():
-        pytest.skip("fp16 has a meaning here")
-    with pytest.raises(ConfigError, match=message):
-        make_accelerator(replace(PLAIN, **wrong))
+def test_a_precision_that_the_device_has_not_is_refused():
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        make_accelerator(replace(PLAIN, mixed_precision="fp16"), cpu=True)
+    toy.forget_accelerate()
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -316,152 +220,67 @@ def test_sheets_and_exports_have_the_average(tmp_path: Path):
         (folder / "adapter").write_text("x")
 
     config = replace(toy.CONFIG, validation_steps=5, checkpointing_steps=6)
-    train(make_accelerator(config), network, toy.batches, config, tmp_path, export=export, validate=validate)
+    trained = train(make_accelerator(config), network, toy.batches, config, tmp_path, export=export, validate=validate)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step-{n:06d}.png" for n in (0, 5, 10, 12)]
     assert [s[:2] for s in seen] == [(False, False)] * 4 and network.training
     average = load_state(tmp_path / "checkpoint-12")["average"]["last.bias"]
     assert torch.equal(seen[-1][2], average) and torch.equal(exported[-1], average)
+    assert trained.average is not None and torch.equal(trained.average.values["last.bias"], average)
     assert not torch.equal(network.last.bias, average) and network.last.bias.requires_grad
     assert [(tmp_path / f"checkpoint-{n}" / "adapter").is_file() for n in (6, 12)] == [True, True]
     _, history = toy.run(tmp_path / "plain", replace(config, validation_steps=None))
     assert losses(history) == [row[1] for row in load_state(tmp_path / "checkpoint-12")["history"]]  # nothing disturbed
 
 
-def test_weights_are_put_back_whatever_happens():
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    before = dict(network.named_parameters())
-    with pytest.raises(Killed), in_place_of(network, {"0.bias": torch.full((2,), 7.0)}):
-        assert network[0].bias.tolist() == [7.0, 7.0] and network(torch.zeros(1, 2)).requires_grad
-        raise Killed
-    assert all(before[name] is p for name, p in network.named_parameters())
+def test_sheets_lie_where_the_pattern_says(tmp_path: Path):
+    def validate() -> Image.Image:
+        return Image.new("RGB", (4, 4))
+
+    toy.run(tmp_path, replace(PLAIN, validation_steps=7), validate=validate, sheets="shown/sheet-{step:04d}.png")
+    assert sorted(p.name for p in (tmp_path / "shown").iterdir()) == [f"sheet-{n:04d}.png" for n in (0, 7, 12)]
 
 
-def test_an_average_without_steps_is_the_start():
-    average = MovingAverage({"x": torch.tensor([2.0])}, 0.9)
-    assert average.values["x"].tolist() == [2.0]
+# Batches, devices and processes
 
 
-def test_the_history_is_written_and_drawn(tmp_path: Path):
-    pytest.importorskip("matplotlib")
-    _, history = toy.run(tmp_path, PLAIN)
-    history.write_csv(tmp_path / "losses.csv")
-    lines = (tmp_path / "losses.csv").read_text().splitlines()
-    assert lines[0] == "step,loss,grad_norm,learning_rate" and len(lines) == 13
-    assert [float(x) for x in lines[5].split(",")] == list(history.rows[4])
-    history.draw(tmp_path / "loss.png")
-    assert np.asarray(Image.open(tmp_path / "loss.png").convert("L")).std() > 1
-    assert history.recent(3) == pytest.approx(np.mean(losses(history)[-3:]))
+def test_batches_are_made_in_a_thread_under_the_backend_in_force(tmp_path: Path):
+    found: set[tuple[str, bool]] = set()
 
-
-def test_tensorboard_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    original = builtins.__import__
-
-    def missing(name: str, *args, **kwargs):
-        if name.startswith(("tensorboard", "torch.utils.tensorboard")):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ConfigError, match="tensorboard is not installed"):
-        toy.run(tmp_path, replace(PLAIN, report_to="tensorboard"))
-
-
-def test_tensorboard_gets_every_step_once(tmp_path: Path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]  # optional
-
-    config = replace(PLAIN, report_to="tensorboard", checkpointing_steps=4, logging_steps=1)
-
-    def dying(n: int):
-        if n == 13:
-            raise Killed
+    def batches(n: int) -> tuple[Tensor, Tensor]:
+        found.add((sdkernels.current(), threading.current_thread() is threading.main_thread()))
         return toy.batches(n)
 
-    with pytest.raises(Killed):
-        toy.run(tmp_path, config, batches=dying)
-    _, history = toy.run(tmp_path, config, validate=lambda: Image.new("RGB", (4, 4)))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    found = {e.step: e.value for e in events.Scalars("train/loss")}
-    assert found == {row.step: pytest.approx(row.loss) for row in history.rows}
-    assert [e.step for e in events.Images("samples")] == [12]
+    with sdkernels.backend("eager"):
+        toy.run(tmp_path, PLAIN, batches=batches)
+    assert found == {("eager", False)}
 
 
-# Memory
+def test_a_run_on_the_cpu_leaves_the_settings_of_the_process_alone(tmp_path: Path):
+    """accelerate has one choice of device and precision for a process; inside the block there is another."""
+    ours = make_accelerator(replace(PLAIN, mixed_precision="bf16"))
+    before, device = ours.state.__dict__.copy(), ours.device
+    network = Regression()
+    with on_the_cpu(PLAIN) as accelerator:
+        assert accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+        train(accelerator, network, toy.batches, PLAIN, tmp_path / "a")
+    assert ours.state.__dict__ == before and (ours.device, ours.mixed_precision) == (device, "bf16")
+
+    with pytest.raises(Killed), on_the_cpu(PLAIN):
+        raise Killed
+    assert ours.state.__dict__ == before
+
+    toy.forget_accelerate()
+    expected, _ = toy.run(tmp_path / "b", PLAIN)
+    assert same(network, expected)
 
 
-def unet() -> UNet2DConditionModel:
-    config = UNetConfig(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=12,
-        attention_head_dim=2,
-    )
-    return draw_weights(UNet2DConditionModel(config))
+def test_nothing_is_chosen_for_the_process_by_a_run_on_the_cpu():
+    from accelerate.state import is_initialized
 
-
-def kept_bytes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Bytes that autograd keeps, each storage once and parameters left out; and the result."""
-    saved: dict[int, tuple[Tensor, int]] = {}
-
-    def note(t: Tensor) -> Tensor:
-        if not isinstance(t, nn.Parameter):
-            saved.setdefault(t.untyped_storage()._cdata, (t, t.untyped_storage().nbytes()))
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = forward()
-    return sum(nbytes for _, nbytes in saved.values()), out
-
-
-def test_checkpointed_activations_give_equal_gradients():
-    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 12))
-    plain, checkpointed = unet(), unet()
-    assert checkpoint_activations(checkpointed, (ResnetBlock2D, Transformer2DModel)) == 12
-    kept = []
-    for network in (plain, checkpointed):
-        nbytes, out = kept_bytes(partial(network, *inputs))
-        kept.append(nbytes)
-        out.square().mean().backward()
-    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
-    assert kept[1] < 0.5 * kept[0]
-
-
-def test_the_estimate_counts_what_is_kept():
-    network = unet()
-    inputs = (torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 5, 12))
-    expected, _ = kept_bytes(partial(network, *inputs))
-
-    def forward() -> Tensor:
-        return network(torch.empty(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.empty(2, 5, 12))
-
-    before = {name: p.data_ptr() for name, p in network.named_parameters()}
-    assert saved_bytes(network, forward) == pytest.approx(expected, rel=0.02)
-    less = saved_bytes(network, forward, (ResnetBlock2D, Transformer2DModel))
-    assert 0.05 * expected < less < 0.7 * expected
-    assert before == {name: p.data_ptr() for name, p in network.named_parameters()}
-
-
-def test_the_estimate_adds_up():
-    network = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10).half().requires_grad_(False))
-    memory = estimate_memory([network], activations=5, average=True)
-    assert (memory.frozen, memory.trained, memory.gradients, memory.optimizer, memory.average) == (
-        220,
-        440,
-        440,
-        880,
-        440,
-    )
-    assert memory.total == 220 + 440 + 440 + 880 + 440 + 5
-    assert "average" not in str(estimate_memory([network], 5, False))
-
-
-# Several processes
+    toy.forget_accelerate()
+    with on_the_cpu(PLAIN):
+        assert is_initialized()
+    assert not is_initialized()
 
 
 def together(output: Path, steps: int, pause: float) -> subprocess.Popen:
@@ -478,6 +297,7 @@ def together(output: Path, steps: int, pause: float) -> subprocess.Popen:
         "--rdzv-endpoint",
         "localhost:0",
     ]
+
     program += ["-m", "tests.finetune.toy", str(output), str(steps), str(pause)]
     return subprocess.Popen(program, cwd=ROOT, env=toy.environment(ACCELERATE_USE_CPU="true"))
 

@@ -1,6 +1,8 @@
-"""States on disk: whole or absent, whenever the run is killed."""
+"""States on disk: whole or absent, whenever the run is killed, and nobody else's files touched."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,7 @@ import torch
 
 from finetune.training.states import STATE, load_state, remove_states, save_state, saved_states
 from sdkit.errors import CheckpointError
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of ours catches it."""
+from tests.finetune.toy import Killed
 
 
 def export(folder: Path) -> None:
@@ -28,24 +27,39 @@ def test_the_last_states_are_kept_in_the_order_of_steps(tmp_path: Path):
     assert load_state(newest)["x"].tolist() == [100.0] and (newest / "adapter" / "weights").is_file()
     save_state(tmp_path, 100, {"step": "again"}, keep=2)
     assert load_state(newest) == {"step": "again"} and len(saved_states(tmp_path)) == 2
+    assert [p.name for p in newest.iterdir()] == [STATE]  # nothing of the older one
     remove_states(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 class Reaper:
-    """Kills at one of the calls that change the disk, before it is done: Python reports each to its audit hooks."""
+    """Kills at one of the calls that change the disk, before it is done, and at all later ones until it is called off.
 
-    CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile")
+    Python reports each such call to its audit hooks. So nothing tidies up, as after SIGKILL.
+    """
+
+    CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
 
     def __init__(self) -> None:
         self.remaining = -1  # inert
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, _: object) -> None:
-        if self.remaining > 0 and event in self.CALLS:
-            self.remaining -= 1
+        if self.remaining >= 0 and event in self.CALLS:
+            self.remaining -= self.remaining > 0
             if self.remaining == 0:
                 raise Killed
+
+    def killed(self, moment: int, call: Callable[[], object]) -> bool:
+        """Whether ``call`` has as many as ``moment`` calls, and so was killed."""
+        self.remaining = moment
+        try:
+            call()
+        except Killed:
+            return True
+        finally:
+            self.remaining = -1
+        return False
 
 
 def test_killed_at_any_moment_there_is_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -54,15 +68,10 @@ def test_killed_at_any_moment_there_is_a_whole_state(tmp_path: Path, monkeypatch
         folder = tmp_path / str(moments)
         for step in (1, 2):
             save_state(folder, step, {"step": step}, keep=2, export=export)
-        reaper.remaining = moments + 1
-        try:
-            save_state(folder, 3, {"step": 3}, keep=2, export=export)
-        except Killed:
-            check_and_go_on(folder)
-        else:
+        if not reaper.killed(moments + 1, partial(save_state, folder, 3, {"step": 3}, 2, export)):
             break
+        check_and_go_on(folder)
         moments += 1
-    reaper.remaining = -1
     assert moments >= 15
 
     def half(state: object, path: Path) -> None:
@@ -84,12 +93,47 @@ def check_and_go_on(folder: Path) -> None:
     assert len(saved_states(folder)) == 2 and len(list(folder.iterdir())) == 2
 
 
+def test_killed_while_all_states_go_the_rest_goes_next_time(tmp_path: Path):
+    reaper, moments = Reaper(), 0
+    while True:
+        for step in (1, 2):
+            save_state(tmp_path, step, {"step": step}, keep=2, export=export)
+        if not reaper.killed(moments + 1, lambda: remove_states(tmp_path)):
+            break
+        assert all(load_state(p)["step"] for p in saved_states(tmp_path))
+        remove_states(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        moments += 1
+    assert moments >= 6
+
+
 def test_what_is_no_state_is_not_picked(tmp_path: Path):
     assert saved_states(tmp_path / "nowhere") == []
-    for name in ("checkpoint-5.tmp", "checkpoint-x", "checkpoint-7.old.tmp"):
+    for name in ("checkpoint-5.tmp", "checkpoint-x", ".checkpoint-7.old.tmp", "checkpoint-8"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-9").write_text("a file")
     assert saved_states(tmp_path) == []
+
+
+def test_only_what_is_ours_is_deleted(tmp_path: Path):
+    """Others' temporary files, and the checkpoints of another program in the same folder, stay."""
+    theirs = ["mine.tmp/file", "checkpoint-4.tmp/file", ".checkpoint-notes.tmp/file", "checkpoint-1/optimizer.bin"]
+    ours = [".checkpoint-3.machine-17-23.tmp/half", ".checkpoint-2.old.tmp/state.pt"]
+    for name in (*theirs, *ours):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "notes.tmp").write_text("x")
+    (tmp_path / ".checkpoint-6.list.tmp").write_text("a file")
+    (tmp_path / ".checkpoint-8.link.tmp").symlink_to(tmp_path / "mine.tmp")
+
+    for step in (5, 6, 7):
+        save_state(tmp_path, step, {"step": step}, keep=1)
+    remove_states(tmp_path)
+
+    assert all((tmp_path / name).read_text() == "x" for name in theirs)
+    assert not any((tmp_path / name).parent.exists() for name in ours) and saved_states(tmp_path) == []
+    others = {"notes.tmp", ".checkpoint-6.list.tmp", ".checkpoint-8.link.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} == {name.split("/")[0] for name in theirs} | others
 
 
 def test_a_damaged_state_is_a_clear_error(tmp_path: Path):

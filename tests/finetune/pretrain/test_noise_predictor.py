@@ -1,0 +1,98 @@
+"""The noise predictor's loss: its weights, its draws, and what it trains."""
+
+import copy
+
+import pytest
+import torch
+
+from finetune.pretrain.noise_predictor import (
+    BATCH,
+    COUNTS,
+    FLOOR,
+    Batch,
+    PredictorLoss,
+    draw_pictures,
+    draw_timesteps,
+    loss_weight,
+)
+from finetune.seeds import step_generator
+from finetune.training.min_snr import min_snr_weight
+from sdkit.networks.config import UNetConfig
+from sdkit.networks.text_encoder import build_text_encoder
+from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.sampling.schedule import NoiseSchedule
+
+
+def test_min_snr_weights_v_as_it_weights_epsilon_down_to_a_floor() -> None:
+    """An error e of v is an error of x0 of sqrt(1 - acp) e, and the weight on x0 is min(snr, 5)."""
+    schedule = NoiseSchedule(prediction_type="v_prediction")
+    t = torch.tensor([0, 200, 500, 999])
+    acp = schedule.alphas_cumprod[t]
+    snr = acp / (1 - acp)
+    expected = snr.clamp(max=5) * (1 - acp)
+    expected[2:] = FLOOR
+    assert acp[2] < FLOOR < acp[1] and torch.allclose(loss_weight(schedule, t).double(), expected, rtol=1e-5)
+
+
+def test_the_weights_of_all_timesteps_are_those_of_the_shipped_model() -> None:
+    """As they were written then, in float32: equal to the bit, and to rounding the paper's in float64."""
+    schedule, t = NoiseSchedule(prediction_type="v_prediction"), torch.arange(1000)
+    snr = schedule.snr(t).float()
+    weight = snr.clamp(max=5.0) / (snr + 1)
+    expected = torch.where(snr < 1, weight.clamp(min=FLOOR), weight)
+    assert torch.equal(loss_weight(schedule, t), expected) and expected.dtype == torch.float32
+    assert torch.allclose(weight.double(), min_snr_weight(schedule, t, 5.0), rtol=1e-6)
+
+
+def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() -> None:
+    count = torch.tensor([1] * 700 + [2] * 200 + [3] * 100)
+    drawn = torch.cat([count[draw_pictures(count, step_generator(3, k))] for k in range(100)])
+    shares = drawn.bincount(minlength=4)[1:] / len(drawn)
+    assert torch.allclose(shares, torch.tensor(COUNTS), atol=0.03)  # 3 standard errors of 3200 draws
+    t = torch.stack([draw_timesteps(1000, step_generator(4, k)) for k in range(300)])
+    assert t.min() == 0 and t.max() == 999
+    parts = (t.float() * BATCH / 1000).floor().sort(1).values
+    assert (parts - torch.arange(BATCH)).abs().max() <= 1 and t[:, 0].float().mean().sub(499.5).abs() < 60
+
+
+@pytest.fixture
+def loss() -> PredictorLoss:
+    """Of small networks."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(16,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+        )
+    )
+
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    anchor = build_text_encoder({**text, "vocab_size": 20, "max_position_embeddings": 6, "eos_token_id": 19})
+    return PredictorLoss(unet, copy.deepcopy(anchor), anchor, NoiseSchedule(prediction_type="v_prediction"))
+
+
+def batch(seed: int) -> Batch:
+    rng = step_generator(0, seed)
+    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=rng)
+    ids = torch.randint(1, 18, (3, 6), generator=rng)
+    ids[:, -2:] = 19
+    return Batch(x0, noise, torch.tensor([10, 500, 990]), ids)
+
+
+def test_the_anchor_holds_the_text_encoder_and_is_not_trained(loss: PredictorLoss) -> None:
+    assert not any(p.requires_grad for p in loss.anchor.parameters())
+    value = loss(batch(1))
+    value.backward()
+    assert all(p.grad is not None for p in [*loss.unet.parameters(), *loss.text_encoder.parameters()])
+    assert all(p.grad is None for p in loss.anchor.parameters())
+
+    with torch.no_grad():
+        for p in loss.anchor.parameters():  # another meaning of the same words is far from the text encoder's
+            p.add_(0.1 * torch.randn(p.shape, generator=step_generator(0, 9)))
+        assert loss(batch(1)) > value + 1e-3

@@ -14,8 +14,7 @@ import torch
 
 from bench.timing import DEVICE, GPU, Ceilings, machine
 from sdkit.checkpoints.components import Components
-from sdkit.checkpoints.diffusers_folder import load_folder
-from sdkit.checkpoints.loading import MODELS
+from sdkit.checkpoints.loading import load
 from sdkit.checkpoints.presets import read_preset
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.networks.vae import AutoencoderKL
@@ -29,13 +28,13 @@ ALIKE = 3e-2 if GPU else 1e-4  # relative distance of two results that are the s
 
 
 def unet_config() -> dict[str, Any]:
-    return read_preset("sd1")["unet"] if GPU else load_folder(MODELS / "tabletop").unet.config.to_dict()
+    return read_preset("sd1")["unet"] if GPU else load("tabletop").unet.config.to_dict()
 
 
 def our_model() -> StableDiffusion:
     """Ready to draw with DPM++ 2M, with weights that are the same every time."""
     if not GPU:
-        return _with_solver(load_folder(MODELS / "tabletop", dtype=DTYPE))
+        return _with_solver(load("tabletop", dtype=DTYPE))
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)

@@ -22,8 +22,7 @@ from bench.timing import DEVICE, GPU, Ceilings
 from finetune.data.batches import Batch
 from finetune.lora.attach import add_lora
 from finetune.recipe.diffusion_loss import DiffusionLoss, LossConfig
-from sdkit.checkpoints.diffusers_folder import load_folder
-from sdkit.checkpoints.loading import MODELS
+from sdkit.checkpoints.loading import load
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -49,7 +48,7 @@ def inputs(width: int) -> tuple[Tensor, Tensor]:
 
 def ours(dtype: torch.dtype, compiled: bool) -> Step:
     """`DiffusionLoss` on our UNet with our adapters."""
-    sd = StableDiffusion(load_folder(MODELS / "tabletop"))
+    sd = StableDiffusion(load("tabletop"))
     sd.unet = UNet2DConditionModel.from_config(unet_config()).to(DEVICE, dtype)
     trained = add_lora(sd, RANK, RANK)
     for p in trained:
@@ -78,7 +77,7 @@ def theirs(dtype: torch.dtype, compiled: bool) -> Step:
     for p in trained:
         p.data = p.data.float()
     latents, contexts = inputs(config["cross_attention_dim"])
-    schedule = diffusers.DDPMScheduler.from_config(load_folder(MODELS / "tabletop").scheduler_config)
+    schedule = diffusers.DDPMScheduler.from_config(load("tabletop").scheduler_config)
     if compiled:
         unet.compile()
 

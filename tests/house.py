@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -242,10 +243,43 @@ def counts(root: Path = ROOT) -> dict[str, list[str]]:
     }
 
 
+# Air
+
+
+def blank_shares(root: Path = ROOT, over: int = 15) -> dict[str, float]:
+    """The share of blank lines, docstring left out, of every function of more than ``over`` lines, by FILE:LINE."""
+    found: dict[str, float] = {}
+    for folder in (*HOMES.values(), "bench"):
+        for file in sorted((root / folder).rglob("*.py")):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            for node in ast.walk(ast.parse("\n".join(lines))):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= over:
+                    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                    inside = lines[body[0].lineno - 1 : node.end_lineno] if body else []
+                    found[f"{file.relative_to(root)}:{node.lineno}"] = sum(not line.strip() for line in inside) / (
+                        len(inside) or 1
+                    )
+    return found
+
+
+def unstaged_kernels(root: Path = ROOT, over: int = 25) -> list[str]:
+    """Functions of a Triton kernel of more than ``over`` lines without two comments that name stages, as FILE:LINE."""
+    found: list[str] = []
+    for file in sorted((root / HOMES["sdkernels"]).glob("*.py")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                inside = lines[node.lineno - 1 : node.end_lineno]
+                if len(inside) > over and sum(line.strip().startswith("#") for line in inside) < 2:
+                    found.append(f"{file.relative_to(root)}:{node.lineno}")
+    return found
+
+
 def main() -> None:
-    """Print the counts."""
+    """Print the counts, and the median share of blank lines."""
     for purpose, files in counts().items():
         print(f"{len(files):3}  {purpose}: {', '.join(files)}")
+    print(f"{statistics.median(blank_shares().values()):.1%} of a function's lines are blank, in the median")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import sample_scenes
 from finetune.seeds import step_generator
 from finetune.vae_decoder.metrics import psnr
-from sdkit.checkpoints.vae_file import save_vae_folder
+from sdkit.checkpoints import loading
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import grid
 from sdkit.networks.config import VAEConfig
@@ -119,9 +119,6 @@ def sample_sheet(vae: AutoencoderKL) -> Image.Image:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Not used: noise_predictor writes the model.")] = Path(
-        "build/tabletop/model"
-    ),
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
     steps: Annotated[int, typer.Option(help="Training steps of 16 pictures, the whole VAE.")] = 4200,
     decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.")] = 1500,
@@ -141,7 +138,7 @@ def main(
 
     vae.eval()
     vae.config = replace(vae.config, scaling_factor=scaling_factor(vae, pictures))
-    save_vae_folder(vae, work / "vae", dtype=torch.float16)
+    loading.save(vae, work / "vae", dtype=torch.float16)
     print(f"PSNR of unseen renders {unseen_psnr(vae):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}")
 
 

@@ -31,9 +31,8 @@ from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
 from finetune.seeds import step_generator
 from finetune.training.averaging import in_place_of
 from finetune.training.min_snr import min_snr_weight
+from sdkit.checkpoints import loading
 from sdkit.checkpoints.components import Components
-from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
-from sdkit.checkpoints.vae_file import load_vae_folder
 from sdkit.files import replacing
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import grid
@@ -199,7 +198,7 @@ def untrained(work: Path, init: Path | None) -> PredictorLoss:
     unet, text_encoder = UNet2DConditionModel(CONFIG), copy.deepcopy(anchor)
 
     if init is not None:
-        earlier = load_folder(init, dtype=torch.float32)
+        earlier = loading.load(init, dtype=torch.float32)
         unet.load_state_dict(earlier.unet.state_dict())
         text_encoder.load_state_dict(earlier.text_encoder.state_dict())
     return PredictorLoss(unet, text_encoder, anchor, NoiseSchedule(prediction_type="v_prediction"))
@@ -216,7 +215,7 @@ def main(
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
     torch.manual_seed(0)
     pictures = training_pictures(work)
-    vae = load_vae_folder(work / "vae", dtype=torch.float32)
+    vae = loading.load_vae(work / "vae", dtype=torch.float32)
     folder = work / "unet"
     folder.mkdir(parents=True, exist_ok=True)
     latents = encoded(vae, pictures, folder)
@@ -237,7 +236,7 @@ def main(
 
     with in_place_of(loss, trained.average.values) if trained.average else nullcontext():
         model = Components(loss.unet, vae, loss.text_encoder, tokenizer, SCHEDULER)
-        save_folder(model, work / "model", dtype=torch.float16)
+        loading.save(model, work / "model", dtype=torch.float16)
     shutil.copytree(work / "clip" / "image_encoder", work / "model" / "image_encoder", dirs_exist_ok=True)
 
 

@@ -1,6 +1,6 @@
 """A third kind of adapter, for tests: a factor for the output of each cross-attention layer.
 
-A file has one number for each layer, ``layer_scale.LAYER``. At scale s a layer's output counts 1 + s (factor - 1) times.
+A file has one number for each layer, ``layer_scale.LAYER``. At scale s an output counts 1 + s (factor - 1) times.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def save(sd: StableDiffusion, path: str | Path, /, *, name: str | None = None) -
 def list_adapters(sd: StableDiffusion, /) -> dict[str, Adapter]:
     """In the order in which they came."""
     return {
-        name: Adapter(a.scale, a.enabled, len(a.factors), len(a.factors), KIND.name) for name, a in _adapters(sd).items()
+        name: Adapter(a.scale, a.enabled, len(a.factors), len(a.factors), KIND.name)
+        for name, a in _adapters(sd).items()
     }
 
 

@@ -139,7 +139,11 @@ def test_a_distribution_brings_its_kind(tmp_path: Path):
     path = os.pathsep.join(map(str, (tmp_path, root, root / "kernels")))
     code = "import sys, sdkit.cli.main; sys.argv = ['sdkit', 'txt2img', '--help']; sdkit.cli.main.main()"
     shown = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert "--layer-scale" in shown.stdout and "--lora" in shown.stdout, shown.stdout + shown.stderr
 

@@ -1,4 +1,4 @@
-"""What the suites share: the machine's ceilings, measured once, and a memory that holds nothing of the case before."""
+"""Fixtures of all suites: the machine's ceilings, measured once, and a memory free of the case before."""
 
 import gc
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""What a GPU has to say, in one command: ``python -m bench.gpu`` (or ``make gpu``). Nothing is installed.
+"""Everything that needs a GPU, in one command: ``python -m bench.gpu`` (or ``make gpu``). Nothing is installed.
 
 tests      every kernel against float64, the shipped model on the GPU, bfloat16 included
 sanitizer  compute-sanitizer's memcheck and racecheck on small cases, where it is installed
@@ -28,7 +28,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def step(command: list[str], seconds: float) -> bool:
-    """Run a command with a limit, without the interpreter; whether it went well."""
+    """Run a command, stopped after so many seconds, without Triton's interpreter; returns whether it went well."""
     print(f"\n$ {' '.join(command)}", flush=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     try:
@@ -39,13 +39,13 @@ def step(command: list[str], seconds: float) -> bool:
 
 
 def tests() -> bool:
-    """The GPU tests and those of the kernels."""
+    """Run the GPU tests and those of the kernels."""
     files = ["tests/test_gpu.py", "tests/sdkernels", "--ignore=tests/sdkernels/test_compile_report.py"]
     return step([*PYTEST, *files], 240)
 
 
 def sanitizer() -> bool:
-    """Nothing to find is success; no compute-sanitizer is, too."""
+    """Run the sanitizer on small cases; it passes where nothing is found, and where it is not installed."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         print("compute-sanitizer: not installed, not run", flush=True)
@@ -55,7 +55,7 @@ def sanitizer() -> bool:
 
 
 def tune() -> bool:
-    """Into the package, to be committed."""
+    """Tune the launch choices and write them into the package, to be committed."""
     return step([sys.executable, "-m", "sdkernels.tune", "--seconds", "180"], 240)
 
 
@@ -72,27 +72,27 @@ def _timings(name: str, file: str, selection: str, seconds: float) -> bool:
 
 
 def kernels() -> bool:
-    """Ours, eager and SDPA."""
+    """Time our kernels, eager PyTorch and SDPA."""
     return _timings("kernels", "test_kernels.py", "b2 and not compiled", 240)
 
 
 def compiled() -> bool:
-    """Ours and torch.compile."""
+    """Time our kernels and torch.compile."""
     return _timings("compiled", "test_kernels.py", "b2 and (compiled or ours)", 400)
 
 
 def unet() -> bool:
-    """Ours and diffusers'."""
+    """Time our noise predictor and diffusers'."""
     return _timings("unet", "test_unet.py", "test_unet", 300)
 
 
 def pipeline() -> bool:
-    """Ours and diffusers'."""
+    """Time our way from prompt to picture and diffusers'."""
     return _timings("pipeline", "test_pipeline.py", "test_pipeline", 400)
 
 
 def training() -> bool:
-    """Ours and diffusers + peft."""
+    """Time our training step and that of diffusers + peft."""
     return _timings("training", "test_training.py", "test_training", 500)
 
 
@@ -108,9 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=DEFAULT)
     parts = parser.parse_args().parts
+
     if not torch.cuda.is_available():
         parser.exit(1, "bench.gpu: needs a CUDA device, found none\n")
     os.chdir(Path(__file__).parents[1])
+
     failed = [name for name in parts if not PARTS[name]()]
     print(f"\nparts that went well: {', '.join(p for p in parts if p not in failed) or 'none'}")
     if failed:

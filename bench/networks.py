@@ -32,9 +32,10 @@ def unet_config() -> dict[str, Any]:
 
 
 def our_model() -> StableDiffusion:
-    """Ready to draw with DPM++ 2M, with weights that are the same every time."""
+    """Our model, ready to draw with DPM++ 2M, with weights that are the same every time."""
     if not GPU:
         return _with_solver(load("tabletop", dtype=DTYPE))
+
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -42,6 +43,7 @@ def our_model() -> StableDiffusion:
     with DEVICE:
         unet, vae = UNet2DConditionModel.from_config(preset["unet"]), AutoencoderKL.from_config(preset["vae"])
         text = CLIPTextModel(CLIPTextConfig.from_dict(preset["text_encoder"]))
+
     sd = _with_solver(Components(unet.eval(), vae.eval(), text.eval(), clip_tokenizer(), preset["scheduler"]))
     sd.to(DEVICE, DTYPE)
     return sd
@@ -61,6 +63,7 @@ def their_pipeline(sd: StableDiffusion) -> Any:
     for network, ours in ((unet, sd.unet), (vae, sd.vae)):
         network.load_state_dict(ours.state_dict())
         network.eval().requires_grad_(False).to(DEVICE, sd.unet.dtype)
+
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(sd.scheduler_config)
     pipe = diffusers.StableDiffusionPipeline(
         vae, sd.text_encoder, sd.tokenizer, unet, scheduler, None, None, requires_safety_checker=False
@@ -102,6 +105,7 @@ def time_whole(
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     benchmark.pedantic(finished, rounds=rounds)
+
     ordered = sorted(benchmark.stats.stats.data)
     benchmark.extra_info.update(
         op=op,

@@ -22,10 +22,11 @@ Row = dict[str, Any]
 
 
 def condense(raw: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a run of pytest-benchmark: the machine, the commit, the ceilings and a row for each case."""
+    """The part of a pytest-benchmark run that is kept: machine, commit, ceilings and a row for each case."""
     rows: list[Row] = [entry["extra_info"] for entry in raw["benchmarks"]]
     if not rows:
         raise ValueError("the file holds no benchmark")
+
     shared = {"machine": rows[0]["machine"], "copy": rows[0]["copy"], "matrix": rows[0]["matrix"]}
     kept = [{k: v for k, v in row.items() if k not in shared} for row in rows]
     commit = raw.get("commit_info", {})
@@ -51,7 +52,7 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
 
 
 def of_peers(times: dict[str, float]) -> list[float]:
-    """Those of implementations that are not ours; "ours in diffusers" is."""
+    """The times of implementations that are not ours; "ours in diffusers" is ours."""
     return [time for name, time in times.items() if not name.startswith("ours")]
 
 
@@ -72,9 +73,11 @@ def summary(result: dict[str, Any]) -> list[str]:
             sums[1] += best
             sums[2] += times["ours"] < best
             sums[3] += 1
+
     lines = heading("op", "direction", "ours, sum in µs", "best peer of each case, sum in µs", "ratio", "cases won")
     for (op, direction), (ours, best, won, count) in total.items():
         lines.append(f"| {op} | {direction} | {ours:.0f} | {best:.0f} | {best / ours:.2f} | {won:.0f} of {count:.0f} |")
+
     return lines
 
 
@@ -84,18 +87,21 @@ def detail(result: dict[str, Any]) -> list[str]:
     lines = heading(
         "op, case, direction", "ours µs (20 to 80 %)", "others µs", "ratio", "of copy", "of matrix rate", "peak MB"
     )
+
     for (op, case, direction), done in by_case(result["rows"]).items():
         if "ours" not in done:
             continue
         ours = done["ours"]
         low, mid, high = (ours["microseconds"][q] for q in ("20", "50", "80"))
         others = {k: v["microseconds"]["50"] for k, v in done.items() if k != "ours"}
+
         shares = ["", ""]
         if direction == "forward" and ours["bytes"]:
             shares[0] = f"{100 * ours['bytes'] / (mid * 1e-6) / result['copy']:.0f} %"
             shares[1] = f"{100 * ours['flops'] / (mid * 1e-6) / rate:.0f} %" if ours["flops"] else ""
         peers = of_peers(others)
         ratio = f"{min(peers) / mid:.2f}" if peers else ""
+
         names = ", ".join(f"{name} {value:.1f}" for name, value in others.items())
         held = {name: row["peak_memory"] for name, row in done.items() if row["peak_memory"] is not None}
         memory = ", ".join(f"{name} {value / 1e6:.0f}" for name, value in held.items())
@@ -103,6 +109,7 @@ def detail(result: dict[str, Any]) -> list[str]:
             f"| {op}, {case}, {direction} | {mid:.1f} ({low:.1f} to {high:.1f}) | {names} | {ratio} | {shares[0]} "
             f"| {shares[1]} | {memory} |"
         )
+
     return lines
 
 
@@ -112,8 +119,10 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     for result in sorted(results, key=lambda r: r["date"]):
         if result["machine"].get("cuda"):
             newest[result["machine"]["device"], *sorted({row["op"] for row in result["rows"]})] = result
+
     if not newest:
         return NOT_MEASURED
+
     parts: list[str] = []
     for (device, *_), result in newest.items():
         facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "device")
@@ -125,6 +134,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
             "\n".join(summary(result)),
             "\n".join(detail(result)),
         ]
+
     return "\n\n".join(parts)
 
 
@@ -138,7 +148,7 @@ def write_readme() -> None:
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Keep the files named on the command line and remake the README."""
     parser = argparse.ArgumentParser(description="Keep a benchmark's figures and remake bench/README.md.")
     parser.add_argument("raw", nargs="*", type=Path, help="files that pytest wrote with --benchmark-json")
     for raw in parser.parse_args().raw:

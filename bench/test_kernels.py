@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sdkernels
 from bench.timing import DEVICE, GPU, Ceilings, copies, machine, repeated
 from sdkernels import reference
-from sdkernels.registry import OPS, Case, Inputs, OpSpec, bytes_moved
+from sdkernels.op_spec import Case, Inputs, OpSpec, bytes_moved
+from sdkernels.registry import OPS
 
 DTYPE = torch.float16 if GPU else torch.float32
 SDPA = {
@@ -31,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def implementations(spec: OpSpec) -> list[str]:
-    """ours first, then its peers."""
+    """The names of an op's implementations: ours first, then its peers."""
     attention = spec.name in ("self_attention", "cross_attention")
     peers = [f"sdpa {name}" for name in SDPA] if attention and GPU else ["eager", "compiled"]
     return (["ours"] if GPU else []) + peers
@@ -67,9 +68,11 @@ def call_of(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, direction: str
     """A call on these inputs; "both" is forward and the gradients of all that has one, for a fixed upstream."""
     if direction == "forward":
         return lambda: op(**inputs)
+
     leaves = {
         k: v.detach().requires_grad_(k in spec.gradients) if isinstance(v, Tensor) else v for k, v in inputs.items()
     }
+
     wanted = [v for k, v in leaves.items() if k in spec.gradients and isinstance(v, Tensor)]
     outs = op(**leaves)
     upstream = [torch.randn_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
@@ -82,7 +85,7 @@ def call_of(op: Callable[..., Any], spec: OpSpec, inputs: Inputs, direction: str
 
 
 def is_right(spec: OpSpec, inputs: Inputs) -> bool:
-    """Our op against its definition in float32, on this case."""
+    """Whether our op agrees with its definition in float32 on these inputs."""
     wide = {k: v.float() if isinstance(v, Tensor) and v.dtype == DTYPE else v for k, v in inputs.items()}
     with sdkernels.backend("triton"):
         ours = getattr(sdkernels, spec.name)(**inputs)
@@ -96,6 +99,7 @@ def test_kernel(benchmark: Any, limits: Ceilings, spec: OpSpec, case: Case, dire
     first = spec.inputs(case, DTYPE, DEVICE)
     if name == "ours" and not is_right(spec, first):
         pytest.fail(f"{spec.name} is wrong at {case.name}: not timed")
+
     with implementation(spec, name) as op, torch.set_grad_enabled(direction == "both"):
         try:
             outputs = op(**first)
@@ -103,13 +107,16 @@ def test_kernel(benchmark: Any, limits: Ceilings, spec: OpSpec, case: Case, dire
             if name.startswith("sdpa "):
                 pytest.skip(f"{name} does not take this case: {str(error).splitlines()[0]}")
             raise
+
         moved = bytes_moved(first, outputs)
         sets = [first] + [spec.inputs(case, DTYPE, DEVICE, seed=k) for k in range(1, copies(moved, DEVICE))]
         calls = [call_of(op, spec, inputs, direction) for inputs in sets]
+
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         run, count = repeated(calls, DEVICE)
         benchmark.pedantic(run, rounds=20 if GPU else 5, warmup_rounds=3)
+
     ordered = sorted(benchmark.stats.stats.data)
     benchmark.extra_info.update(
         op=spec.name,

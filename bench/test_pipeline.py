@@ -1,10 +1,10 @@
 """From a prompt to its picture, beside diffusers' pipeline: ``pytest bench/test_pipeline.py``.
 
 Text encoder, 20 steps of DPM++ 2M with guidance, decoder. On a GPU: SD1's networks, pictures of 512, float16, one
-picture and four; eager beside eager, compiled beside compiled, where the UNet and the decoder are. diffusers' networks
-have their weights in channels-last order. *ours in diffusers* is diffusers' pipeline after ``sdkit.accelerate``. On a
-CPU: the shipped model in float32 with two steps, as a check that the suite works. A picture that is another is not
-timed.
+picture and four; eager beside eager, compiled (UNet and decoder) beside compiled. diffusers' networks have their
+weights in channels-last order. *ours in diffusers* is diffusers' pipeline after ``sdkit.accelerate``. On a CPU: the
+shipped model in float32 with two steps, as a check that the suite works. An implementation that draws another picture
+is not timed.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def theirs(sd: StableDiffusion, compiled: bool = False, with_ours: bool = False)
     if compiled:
         pipe.unet.compile()
         pipe.vae.decoder.compile()
+
     return lambda start: (
         pipe(
             PROMPT,
@@ -82,10 +83,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., Draw]] = {
 def test_pipeline(benchmark: Any, limits: Ceilings, name: str, pictures: int) -> None:
     sd = our_model()
     start = torch.randn(pictures, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(DEVICE, sd.unet.dtype)
+
     expected = theirs(sd)(start)
     draw = IMPLEMENTATIONS[name](sd)
     if (off := distance(draw(start).to(DEVICE), expected)) > ALIKE:
         pytest.fail(f"{name} draws another picture, off by {off:.1e}: not timed")
+
     time_whole(
         benchmark,
         limits,

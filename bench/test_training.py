@@ -53,6 +53,7 @@ def ours(dtype: torch.dtype, compiled: bool) -> Step:
     trained = add_lora(sd, RANK, RANK)
     for p in trained:
         p.data = p.data.float()
+
     latents, contexts = inputs(sd.unet.config.per_block(sd.unet.config.cross_attention_dim)[0])
     loss = DiffusionLoss(sd.unet.train(), lambda captions: contexts, sd.schedule, LossConfig()).to(DEVICE)
     if compiled:
@@ -76,6 +77,7 @@ def theirs(dtype: torch.dtype, compiled: bool) -> Step:
     trained = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
+
     latents, contexts = inputs(config["cross_attention_dim"])
     schedule = diffusers.DDPMScheduler.from_config(load("tabletop").scheduler_config)
     if compiled:
@@ -100,7 +102,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[torch.dtype, bool], Step], bool]] = {
 
 
 def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Each call makes an optimizer step."""
+    """A function whose every call makes an optimizer step."""
     make, compiled = IMPLEMENTATIONS[name]
     step = make(dtype, compiled)
     optimizer = torch.optim.AdamW(step.trained, 1e-4, fused=True)
@@ -112,6 +114,7 @@ def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             loss = step.loss(count)
         scaler.scale(loss).backward()
+
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(step.trained, 1.0)
         scaler.step(optimizer)

@@ -72,11 +72,14 @@ IMPLEMENTATIONS: dict[str, Callable[..., Predict]] = {
 def test_unet(benchmark: Any, limits: Ceilings, name: str, pictures: int) -> None:
     sd = our_model()
     latents, t, context = inputs(sd, pictures)
+
     expected = sd.unet.float()(latents.float(), t, context.float())
     sd.unet.to(latents.dtype)
+
     predict = IMPLEMENTATIONS[name](sd, pictures)
     if (off := distance(predict(), expected)) > ALIKE:
         pytest.fail(f"{name} is off by {off:.1e}: not timed")
+
     time_whole(
         benchmark,
         limits,

@@ -18,7 +18,7 @@ GRAPH_TIME = 2e-3  # a graph holds about this many seconds of work, so that laun
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best, measured: bytes a second of a large copy (read + written), FLOP/s by dtype."""
+    """The machine's best, measured: bytes a second of a large copy (read + written), FLOP/s by dtype."""
 
     copy: float
     matrix: dict[str, float]
@@ -47,16 +47,18 @@ def seconds(run: Call, device: torch.device, repeats: int = 10) -> float:
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Copy 1 GiB (64 MiB on a CPU); multiply random square matrices of 8192 (1024)."""
+    """Measured on a copy of 1 GiB (64 MiB on a CPU) and on products of random square matrices of 8192 (1024)."""
     big = device.type == "cuda"
     source = torch.empty((2**30 if big else 2**26) // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source), device)
+
     matrix: dict[str, float] = {}
     for dtype in (torch.float16, torch.bfloat16) if big else (torch.float32,):
         n = 8192 if big else 1024
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         matrix[str(dtype).removeprefix("torch.")] = 2 * n**3 / seconds(lambda a=a, b=b: a @ b, device)
+
     return Ceilings(copy, matrix)
 
 
@@ -74,12 +76,15 @@ def repeated(calls: Sequence[Call], device: torch.device) -> tuple[Call, int]:
                 call()
 
         return plain, len(calls)
+
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
+
     rounds = max(1, min(64, int(GRAPH_TIME / max(1e-7, len(calls) * seconds(calls[0], device, 3)))))
+
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -114,6 +119,7 @@ def _nvidia_smi() -> dict[str, str]:
 
     query = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
     command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"]
+
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):

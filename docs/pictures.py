@@ -37,7 +37,7 @@ def samplers(sd: sdkit.StableDiffusion) -> Image.Image:
 
 
 def guidance(sd: sdkit.StableDiffusion) -> Image.Image:
-    """What each kind of guidance does to one seed."""
+    """One seed under each kind of guidance."""
     kinds: dict[str, dict[str, object]] = {
         "scale 0": {"guidance_scale": 0.0},
         "scale 1": {"guidance_scale": 1.0},

@@ -253,7 +253,7 @@ def blank_shares(root: Path = ROOT, over: int = 15) -> dict[str, float]:
         for file in sorted((root / folder).rglob("*.py")):
             lines = file.read_text(encoding="utf-8").splitlines()
             for node in ast.walk(ast.parse("\n".join(lines))):
-                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= over:
+                if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= over:
                     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
                     inside = lines[body[0].lineno - 1 : node.end_lineno] if body else []
                     found[f"{file.relative_to(root)}:{node.lineno}"] = sum(not line.strip() for line in inside) / (

@@ -7,7 +7,7 @@ import torch
 
 import sdkernels
 import sdkit
-from sdkit.pipeline import StableDiffusion
+from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import relative_error
 
 pytestmark = pytest.mark.gpu

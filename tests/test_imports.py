@@ -1,6 +1,8 @@
-"""The folders import each other in one direction only: sdkernels, sdkit, finetune, bench, tests."""
+"""Imports run in one direction: between packages, between the rooms of a package, and never in a circle."""
 
 import ast
+import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -8,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.house import ROOT, arrows_up, blank_shares, circles, counts, import_graph, rooms, unstaged_kernels
+
 FOLDERS = {name: name for name in ("sdkit", "finetune", "bench", "tests")} | {"sdkernels": "kernels/sdkernels"}
 ALLOWED = {
     "sdkernels": {"sdkernels"},
@@ -100,6 +103,92 @@ def test_the_allowed_arrows_pass(tmp_path: Path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
     assert violations(tmp_path) == []
+
+
+# Inside the packages
+
+
+def test_no_circle_and_no_arrow_up():
+    """Among files and among rooms; imports for types alone count."""
+    graph = import_graph()
+    assert circles(graph) == []
+    assert [circles(rooms(graph, package)) for package in ("sdkit", "finetune")] == [[], []]
+    assert arrows_up(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("lower", "line"),
+    [
+        ("sdkit/errors.py", "from sdkit.networks import unet"),
+        ("sdkit/errors.py", "def f():\n    import sdkit.networks.unet"),
+        ("sdkit/errors.py", "if TYPE_CHECKING:\n    from sdkit.networks.unet import UNet"),
+        ("sdkit/errors.py", "from .networks.unet import UNet"),
+        ("sdkit/errors.py", "import sdkit.networks"),
+    ],
+)
+def test_a_planted_circle_and_arrow_up_are_found(tmp_path: Path, lower: str, line: str):
+    for file, text in {
+        lower: line + "\n",
+        "sdkit/networks/__init__.py": "from .unet import UNet\n",
+        "sdkit/networks/unet.py": "from sdkit.errors import ConfigError\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+
+    graph = import_graph(tmp_path)
+    assert any(lower in circle for circle in circles(graph))
+    assert circles(rooms(graph, "sdkit")) == [["errors", "networks"]]
+    assert arrows_up(graph) == ["sdkit/errors imports networks"]
+
+
+def private_imports(root: Path) -> list[str]:
+    """Every import of a name that begins with an underscore, as 'file:line imports name'."""
+    return [
+        f"{file.relative_to(root)}:{node.lineno} imports {alias.name}"
+        for folder in FOLDERS.values()
+        if folder != "tests"
+        for file in sorted((root / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.level > 0 or (node.module or "").split(".")[0] in FOLDERS)
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+
+
+def test_private_names_stay_in_their_files(tmp_path: Path):
+    assert private_imports(ROOT) == []
+    (tmp_path / "sdkit").mkdir()
+    (tmp_path / "sdkit" / "a.py").write_text(
+        "from os import _exit\nfrom sdkit.errors import _name\nfrom .b import _c\n"
+    )
+    assert private_imports(tmp_path) == ["sdkit/a.py:2 imports _name", "sdkit/a.py:3 imports _c"]
+
+
+def test_files_that_a_newcomer_opens_are_few_and_counted_truly():
+    """CONTRIBUTING.md has the numbers of `tests.house.counts`."""
+    table = dict(
+        re.findall(r"^\| ([a-z ]+) \| (\d[\d+ a-z]*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    )
+    found = {purpose.partition(" (")[0]: len(files) for purpose, files in counts().items()}
+    said = {purpose: sum(map(int, re.findall(r"\d+", number))) for purpose, number in table.items()}
+    assert said == found
+    most = [14, 1, 3, 2, 2]
+    assert all(number <= limit for number, limit in zip(found.values(), most, strict=True))
+
+
+# Air
+
+
+def test_functions_have_air():
+    """The median share of blank lines is 4 % at least, and the stages of long kernels are named."""
+    shares = blank_shares()
+    assert len(shares) > 200
+    for package in ("kernels", "sdkit", "finetune", "bench"):
+        assert statistics.median(share for file, share in shares.items() if file.startswith(package)) >= 0.04
+    assert unstaged_kernels() == []
+
+
+# Packaging
 
 
 def test_wheels_hold_every_package():

@@ -1,8 +1,9 @@
-"""Which implementation runs, and what every Triton op needs from its surroundings.
+"""The choice of implementation, and the common surroundings of every Triton op.
 
 "auto" takes a Triton kernel where there is one for the input, "triton" insists on it, "eager" takes the definition in
 ``reference.py``. The environment variable ``SDKERNELS_BACKEND`` sets it for the process; ``with backend("eager"):`` for
-a block. The setting belongs to the process, not to a thread.
+a block, in this thread or asyncio task alone (``in_force.py``): two threads never see or restore each other's, and a
+new thread starts with the process's. A backward pass uses the kernels that its forward pass used, and reads no setting.
 
 A kernel runs on tensors of an NVIDIA GPU. With ``TRITON_INTERPRET=1``, set before triton is imported, "triton" also
 runs on CPU tensors, slowly, in Triton's interpreter: that is how the kernels are tested where there is no GPU.
@@ -14,10 +15,13 @@ import functools
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from . import in_force
+from .in_force import Device
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,18 +33,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnsupportedError(RuntimeError):
-    """Under "triton": the op has no kernel for this input; the message names the op and the reason."""
+    """Raised under "triton" where the op has no kernel for the input; the message names the op and the reason."""
 
 
-class Device(NamedTuple):
-    """What a launch depends on."""
-
-    capability: int  # 90 for sm_90
-    multiprocessors: int
-
-
-_current: str | None = None  # None: what the environment says
-_simulated: Device | None = None
+# Set by ``backend`` only within a function that torch.compile traces: there no context variable can be set, while a
+# global is the tracer's own copy and holds None again when the compiled function ends.
+_traced: str | None = None
 _MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # T4 A100 3090 4090 H100 B200 5090
 
 
@@ -52,38 +50,48 @@ def _checked(name: str, where: str) -> str:
 
 def current() -> str:
     """The backend in force. Raises ValueError when the environment names an unknown one."""
-    return _current or _checked(os.environ.get("SDKERNELS_BACKEND", "auto"), "SDKERNELS_BACKEND")
+    return _traced or in_force.backend or _checked(os.environ.get("SDKERNELS_BACKEND", "auto"), "SDKERNELS_BACKEND")
 
 
 @contextmanager
 def backend(name: str) -> Generator[None]:
-    """Use the backend ``name`` inside the block. Raises ValueError for an unknown name."""
-    global _current
-    before, _current = _current, _checked(name, "backend")
+    """Use the backend ``name`` inside the block, in this thread alone. Raises ValueError for an unknown name."""
+    global _traced
+    name = _checked(name, "backend")
+
+    if torch.compiler.is_dynamo_compiling():
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+
+    token = in_force.backend_variable.set(name)
     try:
         yield
     finally:
-        _current = before
+        in_force.backend_variable.reset(token)
 
 
 @contextmanager
 def simulate(capability: int) -> Generator[None]:
-    """Inside the block, tensors on the meta device count as lying on a GPU of this capability (90 for sm_90).
+    """Let tensors on the meta device count as lying on a GPU of this capability (90 for sm_90), in this thread alone.
 
     For ``compile_report``, which notes the launches and compiles them.
     """
-    global _simulated
-    before, _simulated = _simulated, Device(capability, _MULTIPROCESSORS[capability])
+    token = in_force.device_variable.set(Device(capability, _MULTIPROCESSORS[capability]))
     try:
         yield
     finally:
-        _simulated = before
+        in_force.device_variable.reset(token)
 
 
 def device_of(x: Tensor) -> Device:
     """The GPU that x lies on; an H100's figures under the interpreter."""
-    if _simulated is not None:
-        return _simulated
+    simulated = in_force.device
+    if simulated is not None:
+        return simulated
     return Device(90, 132) if x.device.type == "cpu" else _gpu(x.device.index)
 
 
@@ -101,9 +109,11 @@ def use_kernel(op: str, why_not: str | None, *tensors: Tensor | None) -> bool:
     choice = current()
     if choice == "eager":
         return False
+
     first, *others = [t for t in tensors if t is not None]
     if choice == "auto" and first.device.type != "cuda":
         return False
+
     reason = why_not or _why_not(first, others)
     if reason is None:
         return True
@@ -113,11 +123,13 @@ def use_kernel(op: str, why_not: str | None, *tensors: Tensor | None) -> bool:
 
 
 def _why_not(first: Tensor, others: list[Tensor]) -> str | None:
+    """The reason why no kernel runs on these tensors, if there is one."""
     device = first.device
     if device.type == "cpu" and not INTERPRETED:
         return "its kernel needs a CUDA device (or TRITON_INTERPRET=1), and the input is on the CPU"
-    if device.type not in ("cuda", "cpu") and not (device.type == "meta" and _simulated is not None):
+    if device.type not in ("cuda", "cpu") and not (device.type == "meta" and in_force.device is not None):
         return f"its kernel needs a CUDA device, and the input is on {device}"
+
     for t in (first, *others):
         if t.device != device:
             return f"its inputs are on {device} and {t.device}"

@@ -1,11 +1,11 @@
-"""Compile every kernel for every GPU generation, on a machine that needs no GPU, and say what became of it.
+"""Compile every kernel for every GPU generation, on a machine that needs no GPU, and report on the machine code.
 
     python -m sdkernels.compile_report [--arch 80 90 ...] [--op NAME ...] [--all | --small] [--json FILE]
 
 No launch is written down here. Each op of the registry runs, forward and backward, on tensors without data, while
-Triton's own hook notes what its JIT would compile; that is then compiled, into Triton's own cache. By default these are
-all hot cases in float16 and bfloat16, and each kernel once in float32; kernels of which no hot case makes use come from
-the odd ones. ``--small`` takes each kernel once, in float16; ``--all`` takes all cases in all dtypes.
+Triton's own hook notes each kernel that its JIT would compile; these are then compiled, into Triton's own cache. By
+default these are all hot cases in float16 and bfloat16, and each kernel once in float32; a kernel that no hot case uses
+comes from the odd ones. ``--small`` takes each kernel once, in float16; ``--all`` takes all cases in all dtypes.
 
 The exit status is 1, and the kernels are named, when a forward kernel spills registers, when one needs more shared or
 tensor memory than its architecture has, when one does not compile, or when an op refuses a case or launches nothing.
@@ -39,7 +39,7 @@ from triton.runtime import driver
 
 from . import registry
 from .backend import backend, simulate
-from .registry import Case, OpSpec
+from .op_spec import Case, OpSpec
 
 PACKAGE = sys.modules[registry.__name__.rpartition(".")[0]]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,13 +47,13 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 class Limits(NamedTuple):
-    """What a multiprocessor has. Shared memory in bytes; a block gets at most the last of them."""
+    """The room on a multiprocessor; shared memory in bytes."""
 
     warps: int
     blocks: int
     shared: int
     shared_reserved: int  # of each block, by the system
-    shared_block: int
+    shared_block: int  # what a block gets at most
 
 
 # CUDA programming guide, "Compute Capabilities", technical specifications
@@ -102,12 +102,12 @@ class Launch(NamedTuple):
 
     @property
     def binary(self) -> str:
-        """Equal for launches that run the same machine code."""
+        """A key that is the same for launches of the same machine code."""
         return f"{self.arch} {self.kernel} {self.signature} {self.constants} {self.attributes} {self.options}"
 
 
 class _Driver:
-    """Stands in for the CUDA driver, which is asked only what to specialize for."""
+    """A stand-in for the CUDA driver, which the JIT asks only for the GPU to specialize for."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -124,7 +124,7 @@ class _Driver:
 
 @contextmanager
 def noting(arch: int) -> Generator[list[tuple[Any, dict[str, Any]]]]:
-    """Inside the block a launch on meta tensors is only noted: (kernel, what its compilation would be given)."""
+    """Inside the block a launch on meta tensors is only noted: (kernel, the arguments of its compilation)."""
     noted: list[tuple[Any, dict[str, Any]]] = []
 
     def note(*, fn: Any, compile: Any, **_: Any) -> bool:
@@ -150,20 +150,30 @@ def launches(spec: OpSpec, case: Case, dtype: torch.dtype, arch: int) -> Iterato
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
         if outs:
             torch.autograd.grad(outs, leaves, [torch.empty_like(o) for o in outs])
+
     for kernel, given in noted:
         stored = json.loads(given["specialization_data"])["options"]  # all of them; lists were tuples
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         yield Launch(
-            spec.name, case.name, str(dtype).removeprefix("torch."), arch,
-            kernel, given["signature"], given["constants"], given["configs"][0], options,
-        )  # fmt: skip
+            op=spec.name,
+            case=case.name,
+            dtype=str(dtype).removeprefix("torch."),
+            arch=arch,
+            kernel=kernel,
+            signature=given["signature"],
+            constants=given["constants"],
+            attributes=given["configs"][0],
+            options=options,
+        )
 
 
 def plan(spec: OpSpec, arch: int, extent: str) -> tuple[list[Launch], list[str]]:
-    """One launch for each distinct binary of an op on an architecture, and what went wrong on the way."""
+    """One launch for each distinct binary of an op on an architecture, and the problems on the way."""
     chosen: dict[str, Launch] = {}
     once: set[tuple[str, torch.dtype]] = set()
     failed: dict[str, list[str]] = {}
+
+    # The first launch of each binary; outside of the cases that count whole, the first of each kernel and dtype.
     dtypes = DTYPES[:1] if extent == "small" else DTYPES if arch >= 80 else (torch.float16, torch.float32)
     for dtype, case in itertools.product(dtypes, (*spec.hot, *spec.odd)):
         whole = extent == "all" or (extent == "hot" and case in spec.hot and dtype != torch.float32)
@@ -174,6 +184,7 @@ def plan(spec: OpSpec, arch: int, extent: str) -> tuple[list[Launch], list[str]]
                     once.add((launch.name, dtype))
         except Exception as error:  # whatever an op raises is a finding
             failed.setdefault(_line(error), []).append(f'{dtype} "{case.name}"')
+
     if not chosen and not failed:
         failed["launches no kernel"] = ["all cases"]
     return list(chosen.values()), [
@@ -183,14 +194,14 @@ def plan(spec: OpSpec, arch: int, extent: str) -> tuple[list[Launch], list[str]]
 
 
 def _line(error: BaseException) -> str:
-    """The error's kind, and of the message the line that says what is wrong."""
+    """The error's type and the last line of its message, which names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 @dataclass
 class Row:
-    """What the compiler made of a launch. Memory in bytes; ``local`` holds spilled registers and other stack."""
+    """One compiled launch. Memory and code in bytes; ``local`` holds spilled registers and other stack."""
 
     op: str
     case: str
@@ -211,7 +222,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        """Which row it is, in a few words."""
+        """The name of the row in messages."""
         return f'{self.kernel} sm_{self.arch} {self.dtype} ({self.op} "{self.case}")'
 
     def __str__(self) -> str:
@@ -237,20 +248,29 @@ def build(launch: Launch) -> Row:
     """Compile a launch and look at the machine code."""
     constants = {launch.kernel.arg_names[path[0]]: value for path, value in launch.constants.items()}
     row = Row(
-        launch.op, launch.case, launch.dtype, launch.arch, launch.name,
-        {name: value if isinstance(value, bool | int | float) else str(value) for name, value in constants.items()},
-        launch.options["num_warps"], launch.options["num_stages"],
-    )  # fmt: skip
+        op=launch.op,
+        case=launch.case,
+        dtype=launch.dtype,
+        arch=launch.arch,
+        kernel=launch.name,
+        constants={k: v if isinstance(v, bool | int | float) else str(v) for k, v in constants.items()},
+        num_warps=launch.options["num_warps"],
+        num_stages=launch.options["num_stages"],
+    )
+
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     try:
         built: Any = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
     except Exception as error:  # whatever the compiler raises is the finding
         row.problem = f"does not compile: {_line(error)}"
         return row
+
+    # The compiler may have changed the warps.
     row.num_warps = built.metadata.num_warps
     row.shared, row.tensor_memory = built.metadata.shared, built.metadata.tmem_size or 0
     row.registers, row.local, row.code, row.instructions = inspect(built.asm["cubin"])
     row.occupancy = occupancy(row.arch, row.num_warps, row.registers, row.shared)
+
     limit = LIMITS[row.arch].shared_block
     wrong = {
         f"needs {row.shared} bytes of shared memory, over the limit of {limit}": row.shared > limit,
@@ -270,20 +290,22 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)
 
 
 def _label(code: str) -> str:
-    """What an instruction counts as: LDG.128 is a load of 16 bytes a thread, LDG a narrower one."""
+    """The name under which an instruction is counted: LDG.128 loads 16 bytes a thread, LDG fewer."""
     name, *modifiers = code.split(".")
     return f"{name}.128" if "128" in modifiers and name in ("LDG", "LDGSTS", "STG") else name
 
 
 def inspect(cubin: bytes) -> tuple[int, int, int, dict[str, int]]:
-    """Registers a thread, bytes of stack and local memory, bytes of code, and how often what is shown occurs."""
+    """Registers a thread, bytes of stack and local memory, bytes of code, and the counts of instructions in _SHOWN."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
     used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, local = max(int(u[0]) for u in used), max(int(u[1]) + int(u[2]) for u in used)
+
     codes = [code for code in _INSTRUCTION.findall(text) if code != "NOP"]  # which is padding
     count = Counter(map(_label, codes))
     return registers, local, 16 * len(codes), {name: count[name] for name in _SHOWN if count[name]}
@@ -303,24 +325,29 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; the exit status."""
+    """Print the table, and return the exit status."""
+    # Which launches, and what the ops refused.
     arguments = _arguments(argv)
     todo: list[Launch] = []
     problems: list[str] = []
     for arch, name in itertools.product(arguments.arch, arguments.op):
         found, wrong = plan(registry.OPS[name], arch, arguments.extent or "hot")
         todo, problems = todo + found, problems + wrong
+
+    # Compile, and print each row when it is done.
     rows: list[Row] = []
     print(HEADER)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler runs mostly outside of the interpreter's lock
         for row in pool.map(build, todo):
             print(row, flush=True)
             rows.append(row)
+
     problems += [f"{row.title}: {row.problem}" for row in rows if row.problem]
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         content = {"versions": versions, "problems": problems, "kernels": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
     for row in rows:
         if row.local and not row.problem:
             print(f"note: {row.title}: spills, {row.local} bytes of local memory")

@@ -10,44 +10,65 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import Device, device_of, opaque, use_kernel
-from .tuned import Options, tunable
+from .backend import device_of, opaque, use_kernel
+from .in_force import Device
+from .tuned import Tiles, tunable
 
 LARGEST = 16384  # a row is held on chip
 
 
 @triton.jit
 def centre(x, mean, inside, width):
-    """x - mean [ROWS, BLOCK], 0 outside; what the rounding of a large mean left in a row is taken off as well."""
+    """x - mean [ROWS, BLOCK], 0 outside; also less the small mean that is left where a large one was rounded."""
+    # Zeros outside, so that the sum is of the row alone.
     x = tl.where(inside, x - mean[:, None], 0.0)
     return tl.where(inside, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
 
 
 @triton.jit
 def layer_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
-    rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """x, residual, y and total [rows, width]; weight and bias [width]; mean and rstd [rows]; a program: ROWS rows."""
+    # Which rows. Each is held whole, padded to a power of two.
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     offset = row[:, None] * width + column[None, :]
+
+    # Load x and add the residual. The sum is rounded before it is normed, as it would be between two operations.
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        total = (x + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)).to(
-            total_ptr.dtype.element_ty
-        )
+        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        total = (x + residual).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offset, total, mask=inside)
         x = total.to(tl.float32)
+
+    # Statistics, in two steps: E[x^2] - E[x]^2 would lose the digits of a large mean.
     mean = tl.sum(x, axis=1) / width
     centred = centre(x, mean, inside, width)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+
+    # Norm, weight and bias.
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y = y * tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+
+    # Store the norm, and the statistics for the backward pass.
     tl.store(y_ptr + offset, y, mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
@@ -55,20 +76,34 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    x_ptr, dy_ptr, dtotal_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    dy_ptr,
+    dtotal_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """x (what was normed), dy, dtotal and dx [rows, width]; mean and rstd [rows]; dweight and dbias [programs, width].
 
     A program takes every so many tiles of ROWS rows and leaves its own sums for weight and bias.
     """
+    # Load the weight, and start the sums for weight and bias, which stay on chip over all tiles of this program.
     column = tl.arange(0, BLOCK)
     weight = tl.full([BLOCK], 1.0, tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
+
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        # Load the rows, their statistics and gradients.
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         offset = row[:, None] * width + column[None, :]
@@ -76,37 +111,45 @@ def layer_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+
+        # Norm again, and sum over the rows.
         normed = centre(x, mean, inside, width) * rstd[:, None]
         dweight += tl.sum(dy * normed, axis=0)
         dbias += tl.sum(dy, axis=0)
+
+        # Gradient of what was normed: without its projections on 1 and on the normed row, which the norm takes off.
         slope = dy * weight[None, :]
         along_one = tl.sum(slope, axis=1) / width
         along_x = tl.sum(slope * normed, axis=1) / width
         dx = rstd[:, None] * (slope - along_one[:, None] - normed * along_x[:, None])
+
+        # The sum x + residual is a result too: its own gradient is added. Store.
         if dtotal_ptr is not None:
             dx += tl.load(dtotal_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offset, dx, mask=inside)
+
+    # Store this program's sums; the launcher adds those of all, so the order is always the same.
     here = tl.program_id(0).to(tl.int64) * width + column
     tl.store(dweight_ptr + here, dweight, mask=column < width)
     tl.store(dbias_ptr + here, dbias, mask=column < width)
 
 
-CANDIDATES: tuple[Options, ...] = tuple(
+CANDIDATES: tuple[Tiles, ...] = tuple(
     {"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8) for warps in (2, 4, 8)
 )
 
 
 @tunable("layer_norm_forward", CANDIDATES)
-def _forward_tile(device: Device, dtype: torch.dtype, width: int) -> Options:
+def _forward_tiles(device: Device, dtype: torch.dtype, width: int) -> Tiles:
     """Whole rows, in tiles of about 2048 elements, 16 a thread."""
     rows = max(1, 2048 // triton.next_power_of_2(width))
     return {"ROWS": rows, "num_warps": min(16, max(1, rows * triton.next_power_of_2(width) // 512))}
 
 
 @tunable("layer_norm_backward", CANDIDATES)
-def _backward_tile(device: Device, dtype: torch.dtype, width: int) -> Options:
-    """As forward."""
-    return _forward_tile.heuristic(device, dtype, width)
+def _backward_tiles(device: Device, dtype: torch.dtype, width: int) -> Tiles:
+    """The forward heuristic."""
+    return _forward_tiles.heuristic(device, dtype, width)
 
 
 def _block(width: int) -> int:
@@ -126,14 +169,15 @@ def _fake_forward(
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous x and residual [..., C] -> norm, x + residual (empty without), mean and 1 / deviation of each row."""
+    """Contiguous x and residual [..., C] -> norm, x + residual (empty without), each row's mean and 1 / deviation."""
     width = x.shape[-1]
     rows = x.numel() // width
     y, total = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    tile = _forward_tile(device_of(x), x.dtype, width)
-    layer_norm_forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, residual, weight, bias, y, total, mean, rstd, rows, width, eps, BLOCK=_block(width), **tile
+
+    tiles = _forward_tiles(device_of(x), x.dtype, width)
+    layer_norm_forward_kernel[(triton.cdiv(rows, tiles["ROWS"]),)](
+        x, residual, weight, bias, y, total, mean, rstd, rows, width, eps, BLOCK=_block(width), **tiles
     )
     return y, total, mean, rstd
 
@@ -149,16 +193,17 @@ def _fake_backward(
 def layer_norm_backward(
     x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what was normed (x's dtype), weight and bias (float32), from those of the norm and of the sum."""
+    """Gradients of x + residual (x's dtype), weight and bias (float32); dy is the norm's, dtotal the sum's or None."""
     width = x.shape[-1]
     rows = x.numel() // width
-    tile = _backward_tile(device_of(x), x.dtype, width)
-    programs = min(int(triton.cdiv(rows, tile["ROWS"])), 4 * device_of(x).multiprocessors)
+    tiles = _backward_tiles(device_of(x), x.dtype, width)
+    programs = min(int(triton.cdiv(rows, tiles["ROWS"])), 4 * device_of(x).multiprocessors)
     dx = torch.empty_like(x)
     dweight, dbias = (x.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
+
     layer_norm_backward_kernel[(programs,)](
-        x, dy, dtotal, weight, mean, rstd, dx, dweight, dbias, rows, width, BLOCK=_block(width), **tile
-    )  # fmt: skip
+        x, dy, dtotal, weight, mean, rstd, dx, dweight, dbias, rows, width, BLOCK=_block(width), **tiles
+    )
     return dx, dweight.sum(0), dbias.sum(0)
 
 
@@ -201,7 +246,9 @@ def layer_norm(
         why_not = f"its kernel takes rows of up to {LARGEST} elements, found {x.shape[-1]}"
     elif residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         why_not = f"residual must be like x, found {tuple(residual.shape)} {residual.dtype}"
+
     if not use_kernel("layer_norm", why_not, x, weight, bias, residual):
         return reference.layer_norm(x, weight, bias, eps, residual)
+
     y, total = _LayerNorm.apply(x, weight, bias, eps, residual)
     return y if residual is None else (y, total)

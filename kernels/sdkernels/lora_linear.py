@@ -15,63 +15,95 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import Device, current, device_of, opaque, use_kernel
-from .tuned import Options, tunable
+from .backend import current, device_of, opaque, use_kernel
+from .in_force import Device
+from .tuned import Tiles, tunable
 
 LARGEST_RANK = 128
 
 
 @triton.jit
 def lora_linear_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, scale_ptr, scale, y_ptr,
-    M, N, K, rank, weight_n, weight_k, a_r, a_k, b_n, b_r,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    scale,
+    y_ptr,
+    M,
+    N,
+    K,
+    rank,
+    weight_n,
+    weight_k,
+    a_r,
+    a_k,
+    b_n,
+    b_r,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """x [M, K] and y [M, N] contiguous; weight [N, K], a [rank, K], b [N, rank] by strides; bias [N] or None.
 
-    The scale is what ``scale_ptr`` points to if it is not None. A program: a tile [BM, BN] of y; GROUP row tiles share
-    the columns of W while these are in the cache. RANK is rank padded to a power of two of at least 16.
+    ``scale_ptr`` points to the scale if it is not None. A program: a tile [BM, BN] of y; GROUP row tiles share the
+    columns of W while these are in the cache. RANK is rank padded to a power of two of at least 16.
     """
+    # Which tile: down GROUP row tiles, then on to the next columns.
     program, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = program // (GROUP * tiles_n)
     in_group = min(tiles_m - group * GROUP, GROUP)
     tile_m = group * GROUP + (program % (GROUP * tiles_n)) % in_group
     tile_n = (program % (GROUP * tiles_n)) // in_group
+
+    # Rows are int64, for M K elements may be more than int32 counts.
     m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
     n = tile_n * BN + tl.arange(0, BN)
     r, k = tl.arange(0, RANK), tl.arange(0, BK)
     full = tl.zeros([BM, BN], tl.float32)
     low = tl.zeros([BM, RANK], tl.float32)
+
     for first in range(0, K, BK):
+        # Load a tile of x, for both products.
         column = first + k
         x = tl.load(x_ptr + m[:, None] * K + column[None, :], mask=(m < M)[:, None] & (column < K)[None, :], other=0.0)
+
+        # The layer's own product.
         inside = (column < K)[:, None] & (n < N)[None, :]
         weight = tl.load(weight_ptr + n[None, :] * weight_n + column[:, None] * weight_k, mask=inside, other=0.0)
         full = tl.dot(x, weight, full, input_precision=PRECISION)
+
+        # x A^T.
         inside = (column < K)[:, None] & (r < rank)[None, :]
         a = tl.load(a_ptr + r[None, :] * a_r + column[:, None] * a_k, mask=inside, other=0.0)
         low = tl.dot(x, a, low, input_precision=PRECISION)
+
+    # The branch joins: (x A^T) rounded to B's dtype for the tensor cores, times B^T and the scale.
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
     b = tl.load(b_ptr + n[None, :] * b_n + r[:, None] * b_r, mask=(r < rank)[:, None] & (n < N)[None, :], other=0.0)
     full += scale * tl.dot(low.to(b.dtype), b, input_precision=PRECISION)
+
+    # Bias and store.
     if bias_ptr is not None:
         full += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + m[:, None] * N + n[None, :], full, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@tunable(
-    "lora_linear",
-    tuple(
-        {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
-        for bm, bn, bk, warps in (
-            (128, 128, 64, 8), (128, 128, 64, 4), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 256, 64, 8)
-        )
-        for stages in (3, 4)
-    ),
-)  # fmt: skip
-def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: int, rank: int) -> Options:
+CANDIDATES: tuple[Tiles, ...] = tuple(
+    {"BM": bm, "BN": bn, "BK": 64, "num_warps": warps, "num_stages": stages}
+    for bm, bn, warps in ((128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 256, 8))
+    for stages in (3, 4)
+)
+
+
+@tunable("lora_linear", CANDIDATES)
+def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: int, rank: int) -> Tiles:
     """128 x 128 tiles where they fill the GPU, else smaller ones; float32 has no tensor cores to feed.
 
     Where operands lie in registers (not on sm_90 and sm_100), 96 sums a thread do not fit beside them; there are
@@ -79,10 +111,13 @@ def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: i
     """
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+
     stages = 3 if device.capability in (80, 90, 100) else 2  # shared memory: 164 to 228 KB, else 64 to 100
     large = ((128, 128, 64, 8, stages), (128, 64, 64, 4, stages))
     if rank > 32 and device.capability not in (90, 100):
         large = ((64, 128, 32, 4, 3),)
+
+    # The first that gives every multiprocessor a tile.
     small = (64, 64, 64, 4, stages)
     full = (c for c in large if triton.cdiv(rows, c[0]) * triton.cdiv(columns, c[1]) >= device.multiprocessors)
     bm, bn, bk, warps, stages = next(full, small)
@@ -102,38 +137,67 @@ def lora_linear_forward(
     """Contiguous x [M, K], weight [N, K], a [R, K], b [N, R] with any strides -> [M, N]."""
     (rows, width), columns, rank = x.shape, weight.shape[0], a.shape[0]
     y = x.new_empty(rows, columns)
+
     tiles = _tiles(device_of(x), x.dtype, rows, columns, width, rank)
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
+
     lora_linear_forward_kernel[grid](
-        x, weight, bias, a, b, scale_tensor, scale, y,
-        rows, columns, width, rank, *weight.stride(), *a.stride(), *b.stride(),
-        RANK=max(16, triton.next_power_of_2(rank)), PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **tiles,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        a,
+        b,
+        scale_tensor,
+        scale,
+        y,
+        rows,
+        columns,
+        width,
+        rank,
+        *weight.stride(),
+        *a.stride(),
+        *b.stride(),
+        RANK=max(16, triton.next_power_of_2(rank)),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        **tiles,
+    )
     return y
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale_tensor: Tensor | None,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale_tensor: Tensor | None,
         scale: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         rows, bias = x.reshape(-1, x.shape[-1]).contiguous(), None if bias is None else bias.contiguous()
+
         ctx.save_for_backward(rows, weight, bias, a, b, scale_tensor)
         ctx.scale, ctx.shape = scale, x.shape
+
         y = lora_linear_forward(rows, weight, bias, a, b, scale_tensor, scale)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
-        """x's gradient is the same operation with everything transposed; A's and B's need products of rank R alone."""
+        """The gradient of x is the same operation, transposed; those of A and B take products of rank R alone."""
         x, weight, bias, a, b, scale_tensor = ctx.saved_tensors
         want_x, want_weight, want_bias, want_a, want_b, want_scale, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
         scale = ctx.scale if scale_tensor is None else scale_tensor
+
+        # x: the kernel, which reads the transposed weights by their strides.
         dx = None
         if want_x:
             dx = lora_linear_forward(dy, weight.t(), None, b.t(), a.t(), scale_tensor, ctx.scale).view(ctx.shape)
+
+        # The branch.
         da = db = dscale = None
         if want_a:
             da = ((scale * (dy @ b)).to(x.dtype).t() @ x).to(a.dtype)
@@ -142,6 +206,8 @@ class _LoraLinear(torch.autograd.Function):
         if want_scale:  # a sum over everything: in more digits
             wide = torch.float64 if x.dtype == torch.float32 else torch.float32
             dscale = ((dy.to(wide) @ b.to(wide)) * (x.to(wide) @ a.to(wide).t())).sum().to(scale_tensor)
+
+        # The layer itself.
         dweight = dy.t() @ x if want_weight else None
         dbias = dy.sum(0).to(bias.dtype) if want_bias else None
         return dx, dweight, dbias, da, db, dscale, None
@@ -162,9 +228,11 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         why_not = "x, weight, bias, a and b must have one dtype"
     elif scale_tensor is not None and (scale_tensor.numel() != 1 or scale_tensor.device != x.device):
         why_not = "scale must be a number or a 0-d tensor on x's device"
+
     if current() == "auto" and x.dtype == torch.float32:
         why_not = "cuBLAS is faster in float32"
     if not use_kernel("lora_linear", why_not, x, weight, bias, a, b):
         return reference.lora_linear(x, weight, bias, a, b, scale)
+
     number = 0.0 if isinstance(scale, Tensor) else float(scale)
     return _LoraLinear.apply(x, weight, bias, a, b, scale_tensor, number)  # type: ignore[no-any-return]

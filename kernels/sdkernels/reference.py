@@ -11,6 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "add_noise",
+    "cross_attention",
+    "cross_attention_block",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+    "lora_linear",
+    "sampler_step",
+    "self_attention",
+]
+
 SMALL_SCORES = 128 * 128
 """Up to this many scores a head, PyTorch's float32 kernel beats its bfloat16 one on a CPU, forward and backward."""
 
@@ -32,9 +44,11 @@ def group_norm(
     """
     if activation not in (None, "silu"):
         raise ValueError(f'group_norm: activation must be None or "silu", got {activation!r}')
+
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if add is not None:
         x = x + add.reshape(*add.shape, *(1,) * (x.dim() - 2))
+
     y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     if activation == "silu":
         y = F.silu(y)
@@ -69,6 +83,7 @@ def cross_attention(
     out = self_attention(q, k, v, scale)
     if not probabilities:
         return out
+
     with torch.no_grad():
         work = torch.promote_types(q.dtype, torch.float32)
         scores = torch.einsum("bnhd,bmhd->bhnm", q.to(work), k.to(work))
@@ -123,6 +138,7 @@ def add_noise(
     acp = alphas_cumprod.to(x0.device)[t].reshape(-1, *(1,) * (x0.dim() - 1))
     a, s = acp.sqrt().to(work), (1 - acp).sqrt().to(work)
     x, n = x0.to(work), noise.to(work)
+
     x_t = (a * x + s * n).to(x0.dtype)
     if prediction_type == "epsilon":
         return x_t, noise.to(x0.dtype)
@@ -153,11 +169,15 @@ def sampler_step(
     row = coefficients[step].to(registers)
     if uncond is None and cond is None:
         raise ValueError("sampler_step: needs a prediction, uncond or cond")
+
+    # Guidance.
     if uncond is None or cond is None:
         prediction = (cond if uncond is None else uncond).to(registers)  # type: ignore[union-attr]
     else:
         u, c = uncond.to(registers), cond.to(registers)
         prediction = u + guidance_scale * (c - u)
+
+    # The row, applied to registers, prediction and noise.
     inputs = [*registers, prediction] + ([] if noise is None else [noise.to(registers)])
     weights = row[:, : len(inputs)].reshape(len(registers), len(inputs), *(1,) * prediction.dim())
     return (weights * torch.stack(inputs)).sum(dim=1)  # no matrix product: autocast and tf32 would round it

@@ -16,18 +16,33 @@ MOST_REGISTERS = 16
 
 @triton.jit(do_not_specialize=["step"])
 def sampler_step_forward_kernel(
-    registers_ptr, uncond_ptr, cond_ptr, noise_ptr, coefficients_ptr, step_ptr, step, next_ptr,
-    guidance, size, steps, R: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    registers_ptr,
+    uncond_ptr,
+    cond_ptr,
+    noise_ptr,
+    coefficients_ptr,
+    step_ptr,
+    step,
+    next_ptr,
+    guidance,
+    size,
+    steps,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """registers and next [R, size]; uncond, cond and noise [size] or None; coefficients [steps, R, R + 2].
 
-    The row is ``step``, or what ``step_ptr`` points to, which a CUDA graph can advance. A program: BLOCK elements of
-    all registers. A step outside the table gives NaN.
+    The row is ``step``, or the one that ``step_ptr`` points to, which a CUDA graph can advance. A program: BLOCK
+    elements of all registers. A step outside the table gives NaN.
     """
+    # The step; a negative one counts from the end.
     if step_ptr is not None:
         step = tl.load(step_ptr)
     step = tl.where(step < 0, step + steps, step).to(tl.int64)
     known = (step >= 0) & (step < steps)
+
+    # Load all registers, R padded to a power of two.
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     j = tl.arange(0, R_BLOCK)
@@ -36,6 +51,8 @@ def sampler_step_forward_kernel(
         mask=(j < R)[:, None] & inside[None, :],
         other=0.0,
     )
+
+    # Guidance.
     if uncond_ptr is None:
         prediction = tl.load(cond_ptr + place, mask=inside, other=0.0).to(tl.float32)
     elif cond_ptr is None:
@@ -44,9 +61,13 @@ def sampler_step_forward_kernel(
         uncond = tl.load(uncond_ptr + place, mask=inside, other=0.0).to(tl.float32)
         cond = tl.load(cond_ptr + place, mask=inside, other=0.0).to(tl.float32)
         prediction = uncond + guidance * (cond - uncond)
+
+    # Noise.
     noise = tl.zeros([BLOCK], tl.float32)
     if noise_ptr is not None:
         noise = tl.load(noise_ptr + place, mask=inside, other=0.0).to(tl.float32)
+
+    # Each new register is a row of the step's matrix times the old ones, the prediction and the noise. Store.
     table = coefficients_ptr + step * (R * (R + 2))
     for i in tl.static_range(R):
         row = table + i * (R + 2)
@@ -85,11 +106,25 @@ def sampler_step_forward(
     """Contiguous tensors; the row is ``step_tensor``'s if there is one, else ``step``. Returns the next registers."""
     result = torch.empty_like(registers)
     count, size = len(registers), registers[0].numel()
+
     sampler_step_forward_kernel[(triton.cdiv(size, BLOCK),)](
-        registers, uncond, cond, noise, coefficients, step_tensor, step, result,
-        guidance_scale, size, len(coefficients),
-        R=count, R_BLOCK=triton.next_power_of_2(count), BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+        registers,
+        uncond,
+        cond,
+        noise,
+        coefficients,
+        step_tensor,
+        step,
+        result,
+        guidance_scale,
+        size,
+        len(coefficients),
+        R=count,
+        R_BLOCK=triton.next_power_of_2(count),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
     return result
 
 
@@ -121,9 +156,12 @@ def sampler_step(
         why_not = "its kernel has no gradient"
     elif coefficients.device != registers.device:
         why_not = f"coefficients lie on {coefficients.device}, the registers on {registers.device}"
+
     nothing = uncond is None and cond is None
     if nothing or not use_kernel("sampler_step", why_not, registers, *tensors):
         return reference.sampler_step(registers, uncond, cond, noise, coefficients, step, guidance_scale)
+
+    # A step on the device stays there: reading it would wait for the GPU.
     on_device = isinstance(step, Tensor) and step.device == registers.device
     return sampler_step_forward(
         registers.contiguous(),

@@ -1,4 +1,4 @@
-"""Launch choices as data: block sizes and warps by op, architecture and shape class, with a heuristic behind them.
+"""Tiles as data: block sizes and warps of a launch by op, architecture and shape class, with a heuristic behind them.
 
 An op states its heuristic as a function of sizes, marked ``@tunable``. A call first looks in ``tuned/sm_90.json`` (for
 that architecture), then asks the heuristic: nothing is ever tuned in a user's run. ``python -m sdkernels.tune`` makes
@@ -18,23 +18,25 @@ from typing import Any, Protocol
 
 import torch
 
-from .backend import Device
+from .in_force import Device
 
 FOLDER = Path(__file__).parent / "tuned"
-Options = dict[str, Any]
+Tiles = dict[str, Any]
+"""How one launch divides its work: block sizes, warps and stages, by the names of the kernel's arguments."""
 
 
 class Choice(Protocol):
-    """An op's launch options from the device and what the shape class is made of."""
+    """A function that chooses the tiles of a launch by the device and by the sizes that make up its shape class."""
 
-    candidates: tuple[Options, ...]
-    heuristic: Callable[..., Options]
+    candidates: tuple[Tiles, ...]
+    heuristic: Callable[..., Tiles]
 
-    def __call__(self, device: Device, *sizes: int | torch.dtype) -> Options: ...
+    def __call__(self, device: Device, *sizes: int | torch.dtype) -> Tiles: ...
 
 
+# These belong to the process, not to a thread: on a GPU the backward pass, which is tuned too, has a thread of its own.
 CHOICES: dict[str, Choice] = {}
-_forced: dict[str, Options] = {}  # while tuning
+_forced: dict[str, Tiles] = {}  # while tuning
 _asked: list[str] | None = None  # shape classes that were asked for, while someone listens
 
 
@@ -48,28 +50,30 @@ def shape_class(name: str, sizes: tuple[int | torch.dtype, ...]) -> str:
 
 
 @functools.cache
-def table(capability: int) -> dict[str, Options]:
-    """What was measured on this architecture; empty where nothing was."""
+def table(capability: int) -> dict[str, Tiles]:
+    """The tiles measured on this architecture, by shape class; empty where none were."""
     file = FOLDER / f"sm_{capability}.json"
     return json.loads(file.read_text())["choices"] if file.is_file() else {}
 
 
-def tunable(name: str, candidates: tuple[Options, ...]) -> Callable[[Callable[..., Options]], Choice]:
-    """Let measured options stand before the heuristic ``choose(device, *sizes)``; they replace its entries by name."""
+def tunable(name: str, candidates: tuple[Tiles, ...]) -> Callable[[Callable[..., Tiles]], Choice]:
+    """Make the heuristic ``choose(device, *sizes)`` a choice: measured tiles replace its entries by name."""
 
-    def decorate(choose: Callable[..., Options]) -> Choice:
+    def decorate(choose: Callable[..., Tiles]) -> Choice:
         @functools.wraps(choose)
-        def choice(device: Device, *sizes: int | torch.dtype) -> Options:
-            options = choose(device, *sizes)
+        def choice(device: Device, *sizes: int | torch.dtype) -> Tiles:
+            tiles = choose(device, *sizes)
             if name in _forced:
-                return options | _forced[name]
+                return tiles | _forced[name]
+
             measured = table(device.capability)
             if not measured and _asked is None:
-                return options
+                return tiles
+
             key = shape_class(name, sizes)
             if _asked is not None:
                 _asked.append(key)
-            return options | measured.get(key, {})
+            return tiles | measured.get(key, {})
 
         choice.candidates = candidates  # type: ignore[attr-defined]
         choice.heuristic = choose  # type: ignore[attr-defined]
@@ -80,9 +84,9 @@ def tunable(name: str, candidates: tuple[Options, ...]) -> Callable[[Callable[..
 
 
 @contextmanager
-def forced(name: str, options: Options) -> Generator[None]:
-    """Inside the block, the choice ``name`` gives these options."""
-    _forced[name] = options
+def forced(name: str, tiles: Tiles) -> Generator[None]:
+    """Inside the block, the choice ``name`` gives these tiles."""
+    _forced[name] = tiles
     try:
         yield
     finally:

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sdkernels
-from sdkernels import UnsupportedError, reference
+from sdkernels import UnsupportedError, head_tiles, reference
 from sdkernels.backend import Device, simulate
-from sdkernels.registry import OPS, Case
+from sdkernels.op_spec import Case
+from sdkernels.registry import OPS
 from tests.sdkernels.test_kernels import DEVICE, check
 
 SELF, CROSS = sys.modules["sdkernels.self_attention"], sys.modules["sdkernels.cross_attention"]
+BACKWARD = sys.modules["sdkernels.attention_backward"]
 LAYOUTS = ("contiguous", "heads first", "tokens first", "part of a row", "gaps", "one sample for all")
 
 
@@ -26,6 +28,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "tokens first":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    # Views into a larger tensor of NaN.
     if layout == "part of a row":
         row = torch.full((b, n, 3 * h * d + 1), float("nan")).to(x)
         row[..., h * d : 2 * h * d] = x.flatten(2)
@@ -34,6 +38,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         room = torch.full((b, n, h, 2 * d + 1), float("nan")).to(x)
         room[..., 1::2] = x
         return room[..., 1::2]
+
     return x[:1].expand(b, n, h, d) if layout == "one sample for all" else x.contiguous()
 
 
@@ -54,11 +59,16 @@ def agrees(op: str, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, **options
 
 shapes = st.fixed_dictionaries(
     {
-        "b": st.integers(1, 2), "n": st.integers(1, 36), "m": st.integers(1, 90), "h": st.integers(1, 3),
-        "d": st.integers(1, 90), "layouts": st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
-        "scale": st.sampled_from([None, 0.1, 0.7]), "probabilities": st.booleans(),
+        "b": st.integers(1, 2),
+        "n": st.integers(1, 36),
+        "m": st.integers(1, 90),
+        "h": st.integers(1, 3),
+        "d": st.integers(1, 90),
+        "layouts": st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
+        "scale": st.sampled_from([None, 0.1, 0.7]),
+        "probabilities": st.booleans(),
     }
-)  # fmt: skip
+)
 
 
 def any_cross_attention(size: dict[str, Any]) -> None:
@@ -93,8 +103,9 @@ def test_layouts(op: str, layout: str) -> None:
 def test_the_layouts_of_a_network_take_no_copy() -> None:
     x = torch.randn(2, 5, 3 * 2 * 40)
     fused = [part.unflatten(-1, (2, 40)) for part in x.chunk(3, dim=-1)]
-    assert all(SELF.strided(view) is view for view in (*fused, lay_out(x[..., None, :], "heads first")))
-    assert SELF.head_options(*fused)["ALIGN"] == 8 and SELF.head_options(torch.ones(1, 2, 3, 7))["ALIGN"] == 1
+    assert all(head_tiles.strided(view) is view for view in (*fused, lay_out(x[..., None, :], "heads first")))
+    assert head_tiles.head_constants(*fused)["ALIGN"] == 8
+    assert head_tiles.head_constants(torch.ones(1, 2, 3, 7))["ALIGN"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -112,10 +123,10 @@ def test_large_scores_neither_overflow_nor_lose_their_row(op: str, dtype: torch.
 @pytest.mark.parametrize("keys", [20, 77])
 def test_a_program_takes_several_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, keys: int, capability: int) -> None:
     """On a GPU of one multiprocessor each head is one program, or a few of many blocks."""
-    for module in (SELF, CROSS):
+    for module in (SELF, BACKWARD, CROSS, head_tiles):
         monkeypatch.setattr(module, "device_of", lambda x: Device(capability, 1))
     q, k, v, upstream = (torch.randn(1, rows, 1, 24, device=DEVICE) for rows in (101, keys, keys, 101))
-    assert CROSS._work(q, CROSS._backward_tiles(*SELF.choice_sizes(q, k)))[0] > 32
+    assert CROSS._work(q, CROSS._backward_tiles(*head_tiles.choice_sizes(q, k)))[0] > 32
     agrees("cross_attention", q, k, v, upstream)
     agrees("self_attention", q, k, v, upstream)
 

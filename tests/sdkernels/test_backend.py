@@ -1,19 +1,27 @@
-"""Choosing the implementation: the context manager, the environment variable, and what "triton" refuses."""
+"""Choosing the implementation: the context manager, threads, torch.compile, the environment variable, refusals."""
 
+import asyncio
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
 import sdkernels
-from sdkernels import reference
+from sdkernels import in_force, reference
+from sdkernels.backend import Device, device_of, simulate
 from tests.conftest import draw
+from tests.sdkernels.test_kernels import DEVICE
 
+R = TypeVar("R")
 FOLDER = Path(sdkernels.__file__).parent
 
 CALLS: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
@@ -63,6 +71,146 @@ def test_the_context_manager_restores_after_an_error():
     with pytest.raises(KeyError), sdkernels.backend("triton"):
         raise KeyError
     assert sdkernels.current() == before
+
+
+def test_nested_blocks_restore_after_errors():
+    before = sdkernels.current()
+    with sdkernels.backend("triton"):
+        with pytest.raises(KeyError), sdkernels.backend("eager"), sdkernels.backend("auto"):
+            raise KeyError
+        assert sdkernels.current() == "triton"
+    assert sdkernels.current() == before
+
+
+def in_a_thread(function: Callable[[], R]) -> R:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_new_thread_starts_with_the_default():
+    default = sdkernels.current()
+    with sdkernels.backend("eager" if default != "eager" else "triton"):
+        assert in_a_thread(sdkernels.current) == default
+
+
+def test_overlapping_blocks_of_two_threads_neither_see_nor_restore_each_other():
+    """One enters, the other enters, the one leaves, the other leaves."""
+    default, turns = sdkernels.current(), threading.Barrier(2, timeout=60)
+
+    def use(name: str, enters: int, leaves: int) -> list[str]:
+        """The backend that this thread sees after each of four turns, which both threads have taken."""
+        seen: list[str] = []
+        with ExitStack() as stack:
+            for turn in range(4):
+                turns.wait()
+                if turn == enters:
+                    stack.enter_context(sdkernels.backend(name))
+                if turn == leaves:
+                    stack.close()
+                turns.wait()
+                seen.append(sdkernels.current())
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(use, "eager", 0, 2), pool.submit(use, "triton", 1, 3)
+        assert one.result() == ["eager", "eager", default, default]
+        assert other.result() == [default, "triton", "triton", default]
+    assert sdkernels.current() == default
+
+
+def test_the_tasks_of_one_thread_have_their_own_backend():
+    async def use(name: str, turns: list[asyncio.Event]) -> str:
+        with sdkernels.backend(name):
+            turns[0].set()
+            await turns[1].wait()
+            return sdkernels.current()
+
+    async def both() -> tuple[str, str]:
+        a, b = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(use("eager", [a, b]), use("triton", [b, a]))
+
+    assert tuple(asyncio.run(both())) == ("eager", "triton")
+
+
+def test_a_simulated_gpu_is_one_threads_alone():
+    x = torch.empty(1)
+    real = device_of(x)
+    with simulate(80):
+        assert device_of(x) == Device(80, 108) and in_a_thread(lambda: device_of(x)) == real
+        with pytest.raises(KeyError), simulate(120):
+            raise KeyError
+        assert device_of(x).capability == 80
+    assert device_of(x) == real
+
+
+def test_what_is_in_force_has_two_attributes():
+    assert (in_force.backend, in_force.device) == (None, None)
+    with pytest.raises(AttributeError, match="no attribute 'current'"):
+        _ = in_force.current
+
+
+def test_a_backward_pass_in_another_thread_takes_the_forwards_kernels(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where PyTorch runs it in a thread of its own, outside of the block that chose the kernels."""
+    module, launched = sys.modules["sdkernels.geglu"], list[int]()
+    launch = module.geglu_backward
+    monkeypatch.setattr(module, "geglu_backward", lambda x, dy: launched.append(threading.get_ident()) or launch(x, dy))
+    x = torch.ones(2, 4, device=DEVICE, requires_grad=True)
+    with sdkernels.backend("triton"):
+        y = sdkernels.geglu(x).sum()
+    with sdkernels.backend("eager"):
+        in_a_thread(y.backward)
+    assert len(launched) == 1 and launched[0] != threading.get_ident() and x.grad is not None
+
+
+class Graphs:
+    """A backend for torch.compile that runs each graph as it is, and keeps whether it launches geglu's kernel."""
+
+    def __init__(self) -> None:
+        self.launch: list[bool] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        self.launch.append("geglu_forward" in str(graph.graph))
+        return graph.forward
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+def test_a_compiled_function_is_compiled_anew_under_another_backend(graphs: Graphs):
+    compiled, x = torch.compile(sdkernels.geglu, fullgraph=True, backend=graphs), torch.ones(2, 4, device=DEVICE)
+
+    def kernels(name: str) -> list[bool]:
+        """Whether the graphs so far launch a kernel, after a call under this backend."""
+        with sdkernels.backend(name):
+            torch.testing.assert_close(compiled(x), reference.geglu(x))
+        return list(graphs.launch)
+
+    assert kernels("eager") == [False]
+    assert kernels("triton") == [False, True]
+    assert kernels("eager") == [False, True]  # what is there is used again
+
+    # Another thread has its own backend, and so its own of the two graphs.
+    with sdkernels.backend("eager"):
+        assert in_a_thread(lambda: kernels("triton")) == [False, True]
+        assert in_a_thread(lambda: kernels("eager")) == [False, True]
+
+
+@pytest.mark.parametrize("inner", ["eager", "triton"])
+def test_a_block_inside_of_a_compiled_function(graphs: Graphs, inner: str):
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with sdkernels.backend(inner):
+            return sdkernels.geglu(x)
+
+    x, outer = torch.ones(2, 4, device=DEVICE), "triton" if inner == "eager" else "eager"
+    with sdkernels.backend(outer):
+        for _ in range(2):
+            torch.testing.assert_close(torch.compile(call, fullgraph=True, backend=graphs)(x), reference.geglu(x))
+            assert sdkernels.current() == outer
+    assert graphs.launch == [inner == "triton"]
 
 
 def test_an_unknown_name_is_refused_and_changes_nothing():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import sdkernels
 from sdkernels import compile_report, registry
-from sdkernels.registry import Case, OpSpec
+from sdkernels.op_spec import Case, OpSpec
 
 KERNELS = Path(sdkernels.__file__).parent
 JIT = re.compile(r"^@triton\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
@@ -163,7 +163,7 @@ def varied(x: Tensor, more: bool = False) -> Tensor:
 
 
 def plans() -> dict[str, list[list[str]]]:
-    """What each extent takes of an op of two hot configurations, one of them twice, and an odd one of two kernels."""
+    """The launches of each extent, for an op with two hot configurations, one of them twice, and an odd one."""
     cases = (Case("first", {"size": 64}), Case("second", {"size": 128}), Case("again", {"size": 64}))
     odd = (Case("odd", {"size": 256, "more": True}),)
     spec = OpSpec("varied", lambda draw, mean, size, **more: {"x": draw(size), **more}, hot=cases, odd=odd)

@@ -11,7 +11,8 @@ from torch import Tensor
 import sdkernels
 from sdkernels import reference
 from sdkernels.backend import Device
-from sdkernels.registry import OPS, Case, Inputs
+from sdkernels.op_spec import Case, Inputs
+from sdkernels.registry import OPS
 from tests.sdkernels.test_kernels import DEVICE, check
 
 SPEC = OPS["cross_attention_block"]

@@ -1,7 +1,7 @@
 """The tests of the kernels can fail: each planted fault is seen by the cases of its op.
 
-The package's folder is copied, one line of it is spoilt, and the copy is loaded under another name. No fault reaches
-outside of a tensor: in the interpreter that ends the process.
+The package's folder is copied, one line of an op's files is spoilt, and the copy is loaded under another name. No fault
+reaches outside of a tensor: in the interpreter that ends the process.
 """
 
 import importlib.util
@@ -17,6 +17,13 @@ import torch
 import sdkernels
 from sdkernels.registry import OPS
 from tests.sdkernels.test_kernels import DEVICE, check
+
+# the files in which an op's lines are looked for; OP.py where it is not named
+FILES = {
+    "group_norm": ("group_norm.py", "group_norm_forward_kernels.py", "group_norm_backward_kernels.py"),
+    "self_attention": ("self_attention.py", "attention_backward.py", "head_tiles.py"),
+    "cross_attention": ("cross_attention_kernels.py",),
+}
 
 # op, what is wrong, the line, the line spoilt
 FAULTS = [
@@ -40,6 +47,7 @@ FAULTS = [
     ("self_attention", "sums not rescaled", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
     ("self_attention", "keys beyond the last", 'scores = tl.where((key < M - first)[None, :], scores, float("-inf"))', "scores = scores"),
     ("self_attention", "keys' gradient without delta", "- delta[None, :])", ")"),
+    ("self_attention", "a head's second part", "product = tl.dot(a2, tl.trans(b2), product,", "product += 0 * tl.dot(a2, tl.trans(b2), product,"),
     ("cross_attention", "a key missed", "p2 = masked_scores(q1, q2, k3, k4, M - M1,", "p2 = masked_scores(q1, q2, k3, k4, M - M1 - 1,"),
     ("cross_attention", "gradient without delta", "ds = (p * (dp - delta[:, None])).to", "ds = (p * dp).to"),
     ("cross_attention", "scale of the queries' gradient", "dq1 * scale, dq2 * scale", "dq1, dq2"),
@@ -63,12 +71,17 @@ FAULTS = [
 @pytest.fixture
 def spoilt(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     op, _, line, instead = request.param
+
+    # Copy the package and spoil the line wherever the op has it.
     folder = tmp_path / "spoilt"
     shutil.copytree(Path(sdkernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    files = [file for file in (folder / f"{op}.py", folder / f"{op}_kernels.py") if file.is_file()]
-    file = next((file for file in files if line in file.read_text()), None)
-    assert file is not None, f"{op} has no line {line!r} to spoil"
-    file.write_text(file.read_text().replace(line, instead))
+    files = [folder / name for name in FILES.get(op, (f"{op}.py",))]
+    files = [file for file in files if line in file.read_text()]
+    assert files, f"{op} has no line {line!r} to spoil"
+    for file in files:
+        file.write_text(file.read_text().replace(line, instead))
+
+    # Load the copy.
     name = f"spoilt_{abs(hash(request.param))}"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -78,6 +91,7 @@ def spoilt(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ModuleTyp
     sys.modules[name] = module
     spec.loader.exec_module(module)
     yield module
+
     for key in [key for key in sys.modules if key.split(".")[0] == name]:
         del sys.modules[key]
 

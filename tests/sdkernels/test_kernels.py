@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sdkernels
 from sdkernels import reference, registry
-from sdkernels.registry import Case, Inputs, OpSpec
+from sdkernels.op_spec import Case, Inputs, OpSpec
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -22,7 +22,7 @@ CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in reg
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """What torch.empty gives is NaN, so that an element which a kernel leaves unwritten shows."""
+    """Let torch.empty give NaN, so that an element which a kernel leaves unwritten shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     assert torch.utils.deterministic.fill_uninitialized_memory and bool(torch.empty(3).isnan().all())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sdkernels.backend import Device
-from sdkernels.registry import OPS, Case
+from sdkernels.op_spec import Case
+from sdkernels.registry import OPS
 from tests.sdkernels.test_kernels import DEVICE, check
 
 MODULE = sys.modules["sdkernels.layer_norm"]

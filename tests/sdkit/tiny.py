@@ -1,10 +1,14 @@
 """A small latent diffusion model with name-drawn weights, ours and diffusers': 32 x 32 pixels, VAE factor 4."""
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import torch
+import transformers
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -31,6 +35,20 @@ VAE = {
     "norm_num_groups": 8,
     "sample_size": 32,
 }
+DPT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+    "reassemble_factors": [4, 2, 1, 0.5],
+    "backbone_config": None,
+    "is_hybrid": False,
+}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "timestep_spacing": "trailing"}
 
@@ -52,6 +70,32 @@ def model(
     unet = draw_weights(sdkit.UNet2DConditionModel.from_config(UNET | {"in_channels": channels}))
     vae = draw_weights(sdkit.AutoencoderKL.from_config(VAE))
     return StableDiffusion(Components(unet.eval(), vae.eval(), text_encoder(), tokenizer(), config))
+
+
+def save_depth_model(root: Path) -> Path:
+    """The folder of a depth model as diffusers writes it, with an old preprocessor_config.json."""
+    model(channels=5).save_pretrained(root)
+    torch.manual_seed(0)
+    transformers.DPTForDepthEstimation(transformers.DPTConfig(**DPT)).save_pretrained(root / "depth_estimator")
+    (root / "feature_extractor").mkdir()
+    preprocessing = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "ensure_multiple_of": 1,
+        "feature_extractor_type": "DPTFeatureExtractor",
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "keep_aspect_ratio": False,
+        "resample": 2,
+        "size": 32,
+    }
+    (root / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    index = json.loads((root / "model_index.json").read_text())
+    index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
+    index["feature_extractor"] = ["transformers", "DPTFeatureExtractor"]
+    (root / "model_index.json").write_text(json.dumps(index))
+    return root
 
 
 def twin(sd: StableDiffusion, pipeline: Any, scheduler: Any, **parts: Any) -> Any:

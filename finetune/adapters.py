@@ -166,6 +166,7 @@ def save_adapter(sd: DiffusionModel, path: str | Path, name: str | None = None) 
     chosen = _named(sd, name)
     if sum(map(len, chosen.values())) != 1:
         raise ConfigError(f"save: expected a name, for the model has {', '.join(list_adapters(sd)) or 'no adapters'}")
+
     ((kind, names),) = chosen.items()
     verbs_of(kind).save(sd, path, name=names[0])
 
@@ -289,6 +290,7 @@ def in_force(sd: DiffusionModel, kind: AdapterKind, wanted: Sequence[Wanted]) ->
     """
     before = verbs_of(kind).list_adapters(sd)
     weights = _weights(kind, wanted, before)
+
     try:
         for name, weight in weights.items():
             _switch(sd, kind, [name], on=True)

@@ -1,6 +1,6 @@
 """Textual inversion (arXiv 2208.01618): a new word's vectors are learned, and every weight of the model stays as it is.
 
-`LearnedWord` is the ``context`` of a `DiffusionLoss`; what it learns `sdkit.textual_inversion` writes to files.
+`LearnedWord` is the ``context`` of a `DiffusionLoss`; `sdkit.checkpoints.textual_inversion` writes it to files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.checkpoints.textual_inversion import TextualInversion
+from sdkit.checks import check_count
 from sdkit.errors import ConfigError
 from sdkit.prompts.emphasis import parse_weights
 from sdkit.prompts.encoding import encode_prompts
@@ -29,7 +30,7 @@ class LearnedWord(nn.Module):
     Captions are taken literally, as in all of training, and encoded at every call: what they mean changes with the
     vectors. The text encoder is no part of this module, so nothing trains it or switches on its dropout.
 
-    vectors: [n, D], what they begin with, D the width of the encoder; trained in float32, whatever its dtype.
+    vectors: [n, D], their first values, D the width of the encoder; trained in float32, whatever its dtype.
     max_norm: how long a vector may become, in the encoder's units; None: as long as it will. Free vectors grow to
         several times the length of any real word; the encoder then attends to little else, and what the rest of a
         prompt says (a colour, a table) is lost. The limit is part of the formula, v * min(1, max_norm / |v|), so that
@@ -97,18 +98,19 @@ def _mentions(tokenizer: CLIPTokenizer, caption: str, token: str) -> bool:
 
 
 def initial_vectors(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, words: str, count: int) -> Tensor:
-    """What to begin with, [count, D] float32: the embeddings of ``words``.
+    """The first vectors of a new word, [count, D] float32: the embeddings of ``words``.
 
     As many words as vectors give one each; else every vector begins as the mean of the words. A word that CLIP reads
     in pieces counts as the mean of its pieces. Raises ConfigError where there is no word.
     """
-    if count < 1:
-        raise ConfigError(f"vectors: expected at least 1, found {count}")
+    check_count("vectors", count)
     pieces: dict[int, list[int]] = {}
     for piece in chain(*prompt_tokens(tokenizer, words, weighted=False)):
         pieces.setdefault(piece.word_index, []).append(piece.id)
+
     if not pieces:
         raise ConfigError(f"init: expected words that are like what is learned, found {words!r}")
+
     table = _table(text_encoder)
     embedded = torch.stack([table[ids].mean(0) for ids in pieces.values()])
     return embedded if len(embedded) == count else embedded.mean(0).repeat(count, 1)

@@ -28,7 +28,7 @@ FILE = "hypernetwork.pt"
 
 @dataclass(frozen=True)
 class HypernetworkModel(ModelConfig):
-    """What is adapted, and where the results go."""
+    """The model that is adapted, and where the results go."""
 
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/hypernetwork")
 
@@ -90,7 +90,7 @@ def main(
 
 
 def hypernetwork(sd: StableDiffusion, options: HypernetworkOptions) -> Hypernetwork:
-    """Add the hypernetwork; nothing else trains."""
+    """Add the hypernetwork to the model and return it; nothing else trains."""
     config = sd.unet.config
     network = Hypernetwork(
         options.widths or (config.per_block(config.cross_attention_dim)[0],),
@@ -101,6 +101,7 @@ def hypernetwork(sd: StableDiffusion, options: HypernetworkOptions) -> Hypernetw
         options.activate_output,
         options.dropout_structure or None,
     )
+
     freeze(sd)
     add_hypernetwork(sd, network, name="trained")
     return network

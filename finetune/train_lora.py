@@ -19,7 +19,7 @@ from finetune.recipe.command_line import command
 from finetune.recipe.diffusion_loss import LossConfig, TrainedText
 from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
 from finetune.training.config import TrainConfig
-from sdkit.errors import ConfigError
+from sdkit.checks import check_positive
 from sdkit.stable_diffusion import StableDiffusion
 
 FILE = "lora.safetensors"
@@ -27,7 +27,7 @@ FILE = "lora.safetensors"
 
 @dataclass(frozen=True)
 class LoraModel(ModelConfig):
-    """What is adapted, and where the results go."""
+    """The model that is adapted, and where the results go."""
 
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/lora")
 
@@ -54,8 +54,7 @@ class LoraOptions:
     format: Annotated[Literal["diffusers", "kohya", "peft"], "Format of the file."] = "diffusers"
 
     def __post_init__(self) -> None:
-        if not self.loraplus_lr_ratio > 0:
-            raise ConfigError(f"loraplus_lr_ratio: expected a positive number, found {self.loraplus_lr_ratio}")
+        check_positive("loraplus_lr_ratio", self.loraplus_lr_ratio)
 
 
 def main(
@@ -83,7 +82,7 @@ def main(
 
 
 def rate_factor(name: str, lora: LoraOptions, text_factor: float) -> float:
-    """On the learning rate of a parameter by its name in `DiffusionLoss`."""
+    """The factor on a parameter's learning rate, by its name in `DiffusionLoss`."""
     factor = text_factor if name.startswith("context.") else 1.0
     return factor * lora.loraplus_lr_ratio if ".lora_B." in name else factor
 
@@ -92,6 +91,7 @@ def add_adapter(sd: StableDiffusion, lora: LoraOptions) -> None:
     """Put the LoRA into the model, in float32."""
     targets = lora.targets[0] if len(lora.targets) == 1 else lora.targets
     alpha = lora.rank if lora.alpha is None else lora.alpha
+
     trained = add_lora(
         sd,
         lora.rank,
@@ -103,6 +103,7 @@ def add_adapter(sd: StableDiffusion, lora: LoraOptions) -> None:
         lora.init,
         text_encoder=lora.train_text_encoder,
     )
+
     for parameter in trained:
         parameter.data = parameter.data.float()
 

@@ -29,6 +29,7 @@ from finetune.textual_inversion import (
 from finetune.training.config import TrainConfig
 from finetune.training.freezing import freeze
 from sdkit.checkpoints.textual_inversion import save_textual_inversion
+from sdkit.checks import check_positive, expect
 from sdkit.errors import ConfigError
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -38,14 +39,14 @@ TEMPLATES = ("a picture of {}", "a photo of {}", "a render of {}", "a close view
 
 @dataclass(frozen=True)
 class InversionModel(ModelConfig):
-    """What the word is learned for, and where the results go."""
+    """The model that the word is learned for, and where the results go."""
 
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/textual_inversion")
 
 
 @dataclass(frozen=True)
 class WordOptions:
-    """The word, and what its vectors begin with."""
+    """The word, and the first values of its vectors."""
 
     token: Annotated[str, "The new word, as captions and prompts have it."]
     init: Annotated[str, "Words that are like it: one for each vector, or every vector begins as their mean."]
@@ -59,10 +60,10 @@ class WordOptions:
 
     def __post_init__(self) -> None:
         check_token(self.token)
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ConfigError(f"max_norm: expected a positive number, found {self.max_norm}")
-        if not self.templates or any(template.count(HOLE) != 1 for template in self.templates):
-            raise ConfigError(f"templates: expected {HOLE} once in each of one or more, found {list(self.templates)}")
+        if self.max_norm is not None:
+            check_positive("max_norm", self.max_norm)
+        filled = bool(self.templates) and all(template.count(HOLE) == 1 for template in self.templates)
+        expect(filled, "templates", f"{HOLE} once in each of one or more", list(self.templates))
 
     @property
     def files(self) -> tuple[str, str]:

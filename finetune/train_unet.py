@@ -32,14 +32,14 @@ FULL = {"no": torch.float32, "fp16": torch.float32, "bf16": torch.float32}
 
 @dataclass(frozen=True)
 class UNetModel(ModelConfig):
-    """What is trained, and where the results go."""
+    """The model that is trained, and where the results go."""
 
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/unet")
 
 
 @dataclass(frozen=True)
 class UNetOptions:
-    """Which of the weights."""
+    """Which of the weights are trained."""
 
     targets: Annotated[
         tuple[str, ...],

@@ -46,7 +46,7 @@ FILE = "vae.safetensors"
 
 @dataclass(frozen=True)
 class DecoderModel:
-    """What is trained, and where the results go."""
+    """The model whose VAE is trained, and where the results go."""
 
     model: Annotated[str, "Ships with sdkit, a diffusers folder or a single file; a whole model or a VAE."] = "tabletop"
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/vae")
@@ -70,7 +70,7 @@ class DecoderData:
     cache_dir: Annotated[Path | None, "Encoded pictures (default: OUTPUT/cache)."] = None
 
     def config(self) -> DataConfig:
-        """As the data of any training, each picture with an empty caption."""
+        """These settings as those of any training, each picture with an empty caption."""
         return DataConfig(
             self.data,
             instance_prompt="",
@@ -95,7 +95,7 @@ class DecoderTraining(TrainConfig):
 
 @dataclass(frozen=True)
 class DecoderSamples:
-    """What shows how good the decoder is."""
+    """How the decoder is shown and measured."""
 
     num_validation_images: Annotated[int, "Pictures on a sheet; 0: no sheets."] = 4
     inception_weights: Annotated[Path | None, "StyleGAN2-ADA's inception-2015-12-05.pt, for rFID."] = None
@@ -111,15 +111,19 @@ def main(
     """Fine-tune the VAE's decoder on a folder of pictures; the encoder stays as it is."""
     accelerator = make_accelerator(config)
     check(accelerator, loss_config, config)
+
     vae = loading.load_vae(model.model, dtype=torch.float32).to(accelerator.device)
     data = training_data(vae, data_config.config(), config.seed, accelerator.process_index, accelerator.num_processes)
     shown = validation_views(vae, data_config)
     weights = weights_hash(vae)
+
     torch.manual_seed(config.seed)
     loss = DecoderLoss(vae, loss_config)
     figures = measures(loss, shown, sampling)
+
     latents = LatentCache(vae, data_config.cache_dir or model.output / "cache")
     fill_caches(latents, None, data, accelerator)
+
     said = about(loss, data, config, model, accelerator.num_processes)
     before: dict[str, float] = {}
     if accelerator.is_main_process:
@@ -129,6 +133,7 @@ def main(
         before = figures(vae)
     if model.gradient_checkpointing:
         checkpoint_activations(vae.decoder, RECOMPUTED)
+
     rate = loss_config.discriminator_lr
     factor = 1.0 if rate is None else rate / config.learning_rate
     started = time.monotonic()
@@ -145,6 +150,7 @@ def main(
         if sampling.num_validation_images
         else None,
     )
+
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
         report(model.output, said, trained.history, seconds, peak_memory(accelerator.device), (FILE,))
@@ -154,9 +160,10 @@ def main(
 
 
 def check(accelerator: Accelerator, loss_config: DecoderLossConfig, config: TrainConfig) -> None:
-    """Raises ConfigError for what does not go together."""
+    """Raise ConfigError for settings that do not go together."""
     if accelerator.is_fsdp2:
         raise ConfigError("accelerate: a VAE needs no sharding; expected no, multi-CPU or multi-GPU, found FSDP")
+
     if loss_config.discriminator_weight and config.max_grad_norm:
         raise ConfigError(
             "max_grad_norm: expected 0 with a discriminator, whose gradients would scale down the decoder's, "
@@ -179,7 +186,7 @@ def validation_views(vae: AutoencoderKL, config: DecoderData) -> list[View]:
 
 
 def pixels(view: View) -> Tensor:
-    """[1, 3, H, W] in [-1, 1]."""
+    """The picture of a view, [1, 3, H, W] in [-1, 1]."""
     picture, bucket, crop, flip = view
     return prepare(open_image(picture.path), bucket, crop, flip, picture.digest)
 
@@ -191,7 +198,7 @@ def batch(data: TrainingData, latents: LatentCache, accumulation: int, n: int) -
 
 
 def loss_identity(loss: DecoderLoss) -> dict[str, str]:
-    """What the loss depends on, wherever its files lie."""
+    """The facts that the loss depends on, wherever its files lie."""
     named = {"loss": str(replace(loss.config, lpips_vgg=None, lpips_weights=None))}
     return named if loss.lpips is None else named | {"lpips": weights_hash(loss.lpips)}
 
@@ -217,6 +224,7 @@ def about(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: Dec
     trained = [p for p in loss.vae.parameters() if p.requires_grad]
     activations = activation_bytes(loss, data, RECOMPUTED if model.gradient_checkpointing else ())
     memory = estimate_memory([loss], activations, config.ema_decay is not None)
+
     perceptual = "1 - multi-scale SSIM" if loss.lpips is None else "LPIPS"
     lines = {
         "model": f"{model.model}, its VAE's decoder",
@@ -227,7 +235,7 @@ def about(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: Dec
 
 
 def activation_bytes(loss: DecoderLoss, data: TrainingData, recomputed: tuple[type[torch.nn.Module], ...]) -> int:
-    """What a batch of the largest pictures keeps for its backward pass."""
+    """Bytes that a batch of the largest pictures keeps for its backward pass."""
     config, count = loss.vae.config, data.config.train_batch_size
     width, height = max(data.buckets, key=lambda bucket: bucket[0] * bucket[1])
 

@@ -1,7 +1,7 @@
 """The kinds of adapters that there are: LoRA, hypernetworks, and what others register.
 
 A kind is registered once, as one `AdapterKind`. Its tag in prompts, its option on the command line, its name in the
-metadata of pictures and what ``sdkit inspect`` says of its files follow from that. `finetune.adapters.KINDS` is the
+metadata of pictures and what ``sdkit inspect`` says about its files follow from that. `finetune.adapters.KINDS` is the
 table of those that come with us; it is found by the entry point of the group ``sdkit.adapters``, as that of any other
 distribution is. Nothing heavy is imported here: ``sdkit --help`` asks for the names.
 """
@@ -29,7 +29,7 @@ class AdapterKind:
     verbs: the dotted name of the module with its functions (`finetune.adapters.Verbs`), imported when first used.
     files: for each name that ``sdkit inspect`` gives to such files, the regular expression of a key that no other file
         has.
-    formats: in which ``sdkit convert --format`` writes them, by the function ``convert`` of ``verbs``.
+    formats: those in which ``sdkit convert --format`` writes them, by the function ``convert`` of ``verbs``.
     """
 
     name: str

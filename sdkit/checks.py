@@ -14,14 +14,14 @@ def expect(ok: bool, name: str, expected: str, found: object) -> None:
 
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether this is a finite number from low to high; True and False are none."""
+    """Whether this is a finite number from low to high; True and False do not count as numbers."""
     return (
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
     )
 
 
 def is_count(value: object, least: int = 0) -> bool:
-    """Whether this is a whole number of at least ``least``; True and False are none."""
+    """Whether this is a whole number of at least ``least``; True and False do not count as numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

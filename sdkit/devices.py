@@ -8,9 +8,9 @@ from sdkit.errors import ConfigError
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device, tried out; None: the GPU if there is one, else the CPU.
+    """Find a device and try it out; None stands for the GPU if there is one, else for the CPU.
 
-    Raises ConfigError when it is none, or is not there.
+    Raises ConfigError when there is no such device, or it does not work.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

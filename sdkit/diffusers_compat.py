@@ -30,19 +30,21 @@ def accelerate(pipe: Any) -> Any:
     pipe: any pipeline of SD1's or SD2's kind: text to image, image to image, inpainting, depth, ControlNet. The
     weights are shared, not copied: what changes them there, a fused LoRA or training, changes them here. Keys and
     values are computed once for every tensor of hidden states, not in every step; only edits of weights through
-    ``.data`` between two calls with the very same tensor go unseen. Done twice it changes nothing more.
+    ``.data`` between two calls with the very same tensor go unseen. Calling it twice changes nothing more.
 
     Raises ConfigError for a pipeline without a UNet2DConditionModel, for one whose configuration ours lacks (SDXL's,
     for instance), with the keys' names, and for one that is being offloaded already: accelerate it before.
     """
     unet: Any = getattr(pipe, "unet", None)
     vae: Any = getattr(pipe, "vae", None)
+
     if type(unet).__name__ != "UNet2DConditionModel":
         raise ConfigError(f"accelerate: expected a pipeline with a UNet2DConditionModel, found {type(unet).__name__}")
     if _MARK in vars(unet):
         return pipe
     if any(hasattr(module, "_hf_hook") for part in (unet, vae) if part is not None for module in part.modules()):
         raise ConfigError("accelerate: expected a pipeline that is not offloaded yet; accelerate first, then offload")
+
     stand_in = _UNetForward(unet)  # which may raise
     if type(vae).__name__ == "AutoencoderKL":
         _take_over_vae(vae)
@@ -75,6 +77,7 @@ class _Twin:
                 if parameter is not None and ".lora_" not in path:
                     self.shared.append((owner, name, parameter))
                     state[f"{path}.{name}".replace(".base_layer.", ".")] = parameter
+
         give_weights(self.ours, state, "accelerate")
         self.away = any(parameter.device.type == "meta" for parameter in state.values())
 
@@ -105,6 +108,7 @@ class _UNetForward:
         ours = self.twin.network() if plain else None
         if ours is None:
             return self.their_forward(sample, timestep, encoder_hidden_states, *more, return_dict=return_dict, **named)
+
         prediction = ours(sample, timestep, None, context_kv=self._context_kv(ours, encoder_hidden_states))
         if not return_dict:
             return (prediction,)
@@ -113,12 +117,13 @@ class _UNetForward:
         return UNet2DConditionOutput(sample=prediction)
 
     def _context_kv(self, ours: UNet2DConditionModel, context: Tensor) -> ContextKeyValues:
-        """Of a prompt; as in the last call, where that had the same tensor and neither it nor a weight has changed.
+        """A prompt's keys and values: the last call's, if that had the same tensor and neither it nor a weight changed.
 
-        Tensors count their changes. peft's merging, which goes past that, is the reason to compute anew under it.
+        Tensors count their changes. peft's merging goes past the counter, so with peft they are computed each time.
         """
         if torch.is_grad_enabled() or context.is_inference() or _has_peft(self.theirs):
             return ours.context_kv(context)
+
         read = (context, *(layer.weight for a in self.attentions for layer in (a.to_k, a.to_v)))
         now = [(t.data_ptr(), t._version, t.dtype) for t in read]  # pyright: ignore[reportPrivateUsage]
         if self.projected is None or self.projected[0] is not context or self.projected[1] != now:
@@ -137,7 +142,7 @@ class _UNetForward:
 
 
 class _HalfForward:
-    """Stands in for ``forward`` of a diffusers VAE's encoder or decoder: x -> what that gives."""
+    """Stands in for ``forward`` of a diffusers VAE's encoder or decoder."""
 
     def __init__(self, ours: nn.Module, theirs: Any) -> None:
         self.theirs, self.their_forward = theirs, theirs.forward
@@ -152,7 +157,7 @@ class _HalfForward:
 
 
 def _take_over_vae(theirs: Any) -> None:
-    """The encoder and the decoder; what lies around them, tiling and slicing too, stays diffusers'."""
+    """Let the encoder and the decoder compute with ours; the rest, tiling and slicing too, stays diffusers'."""
     with torch.device("meta"):
         ours = AutoencoderKL.from_config(dict(theirs.config))
     halves = [_HalfForward(getattr(ours, name), getattr(theirs, name)) for name in ("encoder", "decoder")]
@@ -161,7 +166,7 @@ def _take_over_vae(theirs: Any) -> None:
 
 
 def _means_something(value: Any) -> bool:
-    """Whether an optional argument was given: pipelines pass None, and empty dicts, for nothing."""
+    """Whether an optional argument was given: pipelines pass None and empty dicts where it was not."""
     return value is not None and not (isinstance(value, dict) and not value)
 
 
@@ -170,7 +175,7 @@ def _has_peft(unet: Any) -> bool:
 
 
 def _has_live_adapter(modules: Iterable[Any]) -> bool:
-    """Whether a layer of peft's adds something to its base, which it does not once it is merged or switched off."""
+    """Whether a layer of peft's adds something to its base: one that is merged or switched off does not."""
     return any(
         module.active_adapters and not module.merged and not module.disable_adapters
         for module in modules

@@ -31,10 +31,11 @@ class DiffusionModel:
     """A latent diffusion model: unet, vae, text_encoder, tokenizer, schedule.
 
     ``plan_defaults`` are the arguments of ``make_plan`` that the model's scheduler configuration stands for.
-    ``extra_networks`` says for each kind of tag ("lora", "hypernet") how the networks that a prompt's tags of this kind
-    name, ``<lora:name:0.8>``, are in force while its pictures are made: a context manager that raises ConfigError for
-    a name that it does not know. ``adapter_kinds`` names the kinds of adapters that the model has, ``adapter_states``
-    holds what such a kind keeps beside the networks. ``textual_inversions`` holds for each trigger its vectors [n, D].
+    ``extra_networks`` holds for each kind of tag ("lora", "hypernet") a function that puts the networks named by a
+    prompt's tags of this kind, ``<lora:name:0.8>``, in force while its pictures are made: a context manager that raises
+    ConfigError for a name that it does not know. ``adapter_kinds`` names the kinds of adapters that the model has,
+    ``adapter_states`` holds what such a kind keeps beside the networks. ``textual_inversions`` holds for each trigger
+    its vectors [n, D].
     """
 
     def __init__(self, components: Components, backend: str | None = None) -> None:
@@ -125,7 +126,7 @@ class DiffusionModel:
 
     @property
     def components(self) -> Components:
-        """The parts, as files have them."""
+        """The parts, in the form in which files hold them."""
         config = self.scheduler_config
         if read_scheduler_config(config) != (self.schedule, self.plan_defaults):
             config = write_scheduler_config(self.schedule, self.plan_defaults)
@@ -158,7 +159,7 @@ class DiffusionModel:
 
     @cached_property
     def depth_estimator(self) -> DepthEstimator:
-        """The checkpoint's own, loaded when it is first needed. Raises CheckpointError when it has none."""
+        """The checkpoint's depth network, loaded when it is first needed. Raises CheckpointError when it has none."""
         return DepthEstimator(self.extra)
 
     def load_vae(self, path: str | Path) -> None:
@@ -192,7 +193,7 @@ class DiffusionModel:
         eta: float = 0.0,
         strength: float = 1.0,
     ) -> Plan:
-        """``sdkit.make_plan`` with this model's schedule; None stands for the model's own setting.
+        """Call ``sdkit.make_plan`` with this model's schedule; None stands for the model's own setting.
 
         Another sampler than the model's takes its own solver, and the rest of the model's settings.
         """
@@ -200,6 +201,7 @@ class DiffusionModel:
         if sampler not in (None, own["sampler"]):
             solver = ("solver_order", "solver_type", "original_inference_steps")
             own = {name: value for name, value in own.items() if name not in solver}
+
         given = {"sampler": sampler, "sigmas": sigmas, "timestep_spacing": timestep_spacing}
         arguments: dict[str, Any] = own | {name: value for name, value in given.items() if value is not None}
         return make_plan(
@@ -208,7 +210,7 @@ class DiffusionModel:
 
     @contextlib.contextmanager
     def running(self, networks: Sequence[ExtraNetwork] = ()) -> Generator[None]:
-        """The kernels that this model was asked to use, and the extra networks that a prompt's tags name, in force.
+        """Put in force the kernels that this model was asked to use, and the extra networks that a prompt's tags name.
 
         Raises ConfigError for a kind of tag that nobody registered in ``extra_networks``.
         """
@@ -216,6 +218,7 @@ class DiffusionModel:
         if unknown := sorted(kinds - self.extra_networks.keys()):
             known = ", ".join(sorted(self.extra_networks)) or "none"
             raise ConfigError(f"prompt: <{unknown[0]}:...>: expected a kind in this model's extra_networks: {known}")
+
         try:
             with contextlib.ExitStack() as stack:
                 if self.backend is not None:

@@ -43,7 +43,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A checkpoint's JSON file. Raises CheckpointError that names it."""
+    """Read a checkpoint's JSON file. Raises CheckpointError that names it."""
     try:
         return read_json(folder / name)
     except ConfigError as error:
@@ -70,7 +70,7 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], error: type[SDKitError] = CheckpointError) -> Generator[Path]:
-    """Write to the path that this gives; at the end of the block it becomes ``path``, after an error it is removed.
+    """Give a path to write to, which becomes ``path`` at the end of the block; after an error it is removed.
 
     Raises ``error`` when it cannot be written: no space, no permission, or a device or folder in its place.
     """
@@ -104,10 +104,10 @@ def write_json(path: str | os.PathLike[str], values: Mapping[str, Any], sort_key
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator[Path]:
-    """Fill the folder that this gives; at the end of the block it becomes ``path``, after an error it is removed.
+    """Give a folder to fill, which becomes ``path`` at the end of the block; after an error it is removed.
 
     In a folder that is there already, files of the same name are replaced and the others stay. durable: wait until all
-    of it lies on the disk before it gets its name. Raises CheckpointError when it cannot be written.
+    of it is on the disk before it gets its name. Raises CheckpointError when it cannot be written.
     """
     target = Path(path).absolute()
     temporary = temporary_name(target)
@@ -124,14 +124,16 @@ def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator
             os.rename(temporary, target)
         if durable:
             _flush_one(target.parent)
-    except (OSError, shutil.Error) as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        if isinstance(error, SDKitError):
+            raise
         raise CheckpointError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Every file of ``source`` to its place in ``target``; an index comes last, as it says that the rest is there."""
+    """Move every file of ``source`` to its place in ``target``; an index goes last: it says that the rest is there."""
     files = [f for f in source.rglob("*") if f.is_file()]
     for file in sorted(files, key=lambda f: f.name == "model_index.json"):
         place = target / file.relative_to(source)

@@ -6,10 +6,12 @@ Without a GPU the kernels run in Triton's interpreter, which has to be said befo
 import hashlib
 import os
 import re
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -63,3 +65,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what was expected. Raises AssertionError when the shapes differ."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     return float(((actual - expected).norm() / expected.norm()).detach())
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A picture, its file closed."""
+    with Image.open(path) as image:
+        image.load()
+    return image

@@ -17,6 +17,7 @@ from finetune.data.buckets import Size, bucket_sizes, nearest_bucket
 from finetune.data.cache import View
 from finetune.data.folders import Picture, read_folder
 from finetune.seeds import seeded
+from sdkit.checks import check_count, check_number
 from sdkit.errors import ConfigError
 
 Latents = Annotated[
@@ -52,13 +53,11 @@ class DataConfig:
     cache_dir: Annotated[Path | None, "Encoded pictures and captions (default: OUTPUT/cache)."] = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout: expected a share from 0 to 1, found {self.caption_dropout}")
-        if self.train_batch_size < 1:
-            raise ConfigError(f"train_batch_size: expected at least 1, found {self.train_batch_size}")
+        check_number("caption_dropout", self.caption_dropout, 0, 1)
+        check_count("train_batch_size", self.train_batch_size)
         for name in ("num_class_images", "random_crops", "shuffle_tags", "keep_tags"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected at least 0, found {getattr(self, name)}")
+            check_count(name, getattr(self, name), 0)
+
         if self.class_data is None and (self.num_class_images or self.class_prompt):
             raise ConfigError("class_prompt, num_class_images: expected a class_data with them")
         if self.num_class_images and not self.class_prompt:
@@ -88,18 +87,20 @@ def read_pictures(config: DataConfig) -> list[Picture]:
     folders = [(config.data, config.instance_prompt, False)]
     if config.class_data is not None:
         folders.append((config.class_data, config.class_prompt, True))
+
     for folder, caption, prior in folders:
         try:
             found += read_folder(folder, caption, config.caption_column, prior)
         except ConfigError as error:
             problems.append(str(error))
+
     if problems:
         raise ConfigError("\n".join(problems))
     return found
 
 
 class TrainingData:
-    """Micro-batch ``n`` of a run that has no end, whatever was asked for before: ``batch(n)``.
+    """``batch(n)`` is micro-batch ``n`` of a run without end, the same whatever was asked for before.
 
     All samples of a micro-batch, over all processes, lie in one bucket; each bucket's last micro-batch of an epoch
     is filled up from the epoch's beginning. Of the concept's pictures and of those of the prior class, the fewer
@@ -118,10 +119,12 @@ class TrainingData:
         world: int = 1,
     ) -> None:
         self.config, self.seed, self.rank, self.world = config, seed, rank, world
+
         shortest = config.shortest_side or resolution // 2
         sizes = bucket_sizes(resolution, step, shortest, config.longest_side or 2 * resolution)
         if not config.aspect_buckets:
             sizes = [(resolution, resolution)]
+
         self.samples = _repeated(pictures)
         self.buckets: dict[Size, list[Picture]] = defaultdict(list)
         for picture in self.samples:
@@ -134,7 +137,7 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes a batch."""
+        """A hash that changes with anything that changes a batch."""
         shown = [(p.digest, p.caption, p.is_prior, bucket) for bucket, ps in self.buckets.items() for p in ps]
         rules = replace(
             self.config, data=Path(), class_data=None, class_prompt=None, num_class_images=0, cache_dir=None
@@ -142,14 +145,14 @@ class TrainingData:
         return hashlib.sha256(repr((shown, rules, self.seed)).encode()).hexdigest()
 
     def views(self) -> list[View]:
-        """Everything that a latent cache has to hold."""
+        """All views that a latent cache has to hold."""
         crops = range(self.config.random_crops) if self.config.random_crops else [None]
         flips = (False, True) if self.config.random_flip else (False,)
         shown = [(p, bucket) for bucket, pictures in self.buckets.items() for p in dict.fromkeys(pictures)]
         return [(p, bucket, crop, flip) for p, bucket in shown for crop in crops for flip in flips]
 
     def captions(self) -> list[str]:
-        """Everything that a text cache has to hold."""
+        """All captions that a text cache has to hold."""
         every = [order for picture in dict.fromkeys(self.samples) for order in self._orders(picture.caption)]
         return list(dict.fromkeys(every))
 
@@ -160,8 +163,10 @@ class TrainingData:
         size = self.config.train_batch_size
         own = pictures[self.rank * size : (self.rank + 1) * size]
         first = n * self._together + self.rank * size  # samples are numbered through the run
+
         generators = [seeded("sample", self.seed, first + i) for i in range(size)]
         drawn = [self._draw(p, bucket, g) for p, g in zip(own, generators, strict=True)]
+
         prior = torch.tensor([p.is_prior for p in own])
         weights = torch.where(prior, self.config.prior_loss_weight, 1.0)
         sample = self.config.latents == "sample"
@@ -184,6 +189,7 @@ class TrainingData:
                 filled = list(islice(cycle(order), count * self._together))
                 parts = [filled[i * self._together : (i + 1) * self._together] for i in range(count)]
                 found += [(bucket, [pictures[i] for i in part]) for part in parts]
+
             places = torch.randperm(len(found), generator=seeded("batches", self.seed, epoch)).tolist()
             self._epoch = (epoch, [found[i] for i in places])
         return self._epoch[1]
@@ -198,6 +204,7 @@ class TrainingData:
             int(crop * config.random_crops) if config.random_crops else None,
             config.random_flip and flip < 0.5,
         )
+
         orders = self._orders(picture.caption)
         return view, "" if drop < config.caption_dropout else orders[int(order * len(orders))]
 
@@ -207,6 +214,7 @@ class TrainingData:
         prefix = f"{config.caption_prefix} " if config.caption_prefix else ""
         if not config.shuffle_tags:
             return [prefix + caption]
+
         tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
         kept, free = tags[: config.keep_tags], tags[config.keep_tags :]
         orders = [
@@ -216,13 +224,15 @@ class TrainingData:
 
 
 def _repeated(pictures: Sequence[Picture]) -> list[Picture]:
-    """What one epoch shows."""
+    """The pictures of one epoch, each as often as it is shown."""
     subject = [p for p in pictures if not p.is_prior for _ in range(p.repeats)]
     prior = [p for p in pictures if p.is_prior for _ in range(p.repeats)]
+
     if not subject:
         raise ConfigError("training data: no picture is shown, every folder has 0 repeats")
     if not prior:
         return subject
+
     count = max(len(subject), len(prior))
     return [*islice(cycle(subject), count), *islice(cycle(prior), count)]
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.seeds import seeded
+from sdkit.checks import expect
 from sdkit.errors import ConfigError
 from sdkit.images.pixels import to_tensor
 
@@ -23,13 +24,15 @@ def bucket_sizes(resolution: int, step: int, shortest: int, longest: int) -> lis
 
     Raises ConfigError when ``resolution`` is not a positive multiple of ``step``, or there is no such size.
     """
-    if resolution <= 0 or resolution % step:
-        raise ConfigError(f"resolution: expected a positive multiple of {step} pixels, found {resolution}")
+    fits = resolution > 0 and resolution % step == 0
+    expect(fits, "resolution", f"a positive multiple of {step} pixels", resolution)
+
     found: set[Size] = set()
     for side in range(math.ceil(shortest / step) * step, longest + 1, step):
         other = min(longest, resolution * resolution // side) // step * step if side else 0
         if other >= max(shortest, step):
             found |= {(side, other), (other, side)}
+
     if not found:
         raise ConfigError(f"buckets: no size of {resolution}² pixels has sides from {shortest} to {longest}")
     return sorted(found)
@@ -48,10 +51,12 @@ def prepare(image: Image.Image, bucket: Size, crop: int | None, flip: bool, dige
     width, height = bucket
     scale = max(width / image.width, height / image.height)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+
     x, y = 0.5, 0.5
     if crop is not None:
         x, y = torch.rand(2, generator=seeded("crop", digest, crop)).tolist()
     left, top = round(x * (covering[0] - width)), round(y * (covering[1] - height))
+
     mode = "RGBA" if image.has_transparency_data else "RGB"  # scaled before it is laid on white
     scaled = image.convert(mode).resize(covering, Image.Resampling.LANCZOS)
     pixels = to_tensor(scaled.crop((left, top, left + width, top + height)))

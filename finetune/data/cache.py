@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from finetune.data.buckets import Size, prepare
 from finetune.data.folders import Picture
+from sdkit.checkpoints.tensors import write_state
 from sdkit.errors import CheckpointError
 from sdkit.images.pixels import open_image
 from sdkit.networks.vae import AutoencoderKL
@@ -61,11 +61,10 @@ class Store:
             return False
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Raises CheckpointError when the file cannot be written."""
         path = self.path(key)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        write_state(tensors, path)
 
     def get(self, key: str) -> dict[str, Tensor]:
         """Raises CheckpointError when the file has gone or was damaged since it was checked."""
@@ -123,8 +122,10 @@ class LatentCache:
         pixels = prepare(open_image(picture.path), bucket, crop, flip, picture.digest)
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         mean, std = (x[0].float() * self.vae.config.scaling_factor for x in (posterior.mean, posterior.std))
+
         if not bool(mean.isfinite().all() and std.isfinite().all()):
             raise CheckpointError(f"{picture.path}: its latents are not finite in {self.vae.dtype}; use float32")
+
         return mean.cpu().contiguous(), std.cpu().contiguous()
 
 

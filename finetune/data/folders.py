@@ -45,6 +45,7 @@ def read_folder(folder: Path, caption: str | None, caption_column: str = "text",
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of pictures")
+
     problems: list[str] = []
     files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in SUFFIXES and not _hidden(f, folder)]
     captions = _metadata(sorted(folder.rglob(METADATA)), caption_column, problems)
@@ -59,15 +60,18 @@ def read_folder(folder: Path, caption: str | None, caption_column: str = "text",
         text = text or name or caption
         if text is None and not own:
             own.append(f"{path}: no caption: no line in a {METADATA}, no {path.with_suffix('.txt').name} beside it")
+
         try:
             size = open_image(path).size
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except SDKitError as error:
             return [*own, one_line(error)]
+
         return own or Picture(path, text or "", repeats, size, digest, prior)
 
     with ThreadPoolExecutor() as pool:
         looked = list(pool.map(look, files))
+
     problems += [problem for found in looked if isinstance(found, list) for problem in found]
     _raise(folder, problems)
     return [found for found in looked if isinstance(found, Picture)]
@@ -118,16 +122,19 @@ def _metadata(files: list[Path], column: str, problems: list[str]) -> dict[Path,
         except UnicodeDecodeError:
             problems.append(f"{file}: expected JSON lines in UTF-8")
             continue
+
         for number, line in enumerate(lines, 1):
             where = f"{file}, line {number}"
             if not line.strip():
                 continue
+
             try:
                 entry = json.loads(line)
                 name, text = entry["file_name"], entry[column]
             except (ValueError, KeyError, TypeError):
                 problems.append(f'{where}: expected {{"file_name": …, "{column}": …}}')
                 continue
+
             if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
                 problems.append(f"{where}: file_name and {column} must be text, and not empty")
                 continue

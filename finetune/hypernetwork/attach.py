@@ -163,7 +163,7 @@ def remove(sd: DiffusionModel, names: Sequence[str]) -> None:
         sd.adapter_states.pop(KIND, None)
 
 
-# Inside
+# Helpers
 
 
 def _chain(sd: DiffusionModel) -> Chain:
@@ -181,7 +181,7 @@ def _named(sd: DiffusionModel, name: str | None) -> list[Hypernetwork]:
 
 
 def _misfit(sd: DiffusionModel, network: Hypernetwork) -> str | None:
-    """Why the network's widths do not fit this model."""
+    """Why the network's widths do not fit this model; None if they do."""
     known = sorted({_width(attention) for attention in _attentions(sd)})
     missing = sorted(set(network.widths) - set(known))
     if not missing:
@@ -204,7 +204,7 @@ def _attentions(sd: DiffusionModel) -> list[Attention]:
 
 
 def _width(attention: Attention) -> int:
-    """Of its context; LoRA layers say it like the layers that they wrap."""
+    """The width of its context; LoRA layers report that of the layers that they wrap."""
     return int(attention.to_k.in_features)
 
 

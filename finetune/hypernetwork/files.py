@@ -1,4 +1,4 @@
-"""A1111's files of hypernetworks, read. A `Hypernetwork` writes its own."""
+"""Reads A1111's files of hypernetworks; `Hypernetwork.save` writes them."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ def read_hypernetwork(path: str | Path) -> Hypernetwork:
     path = existing_file(path)
     if is_safetensors(path):
         raise CheckpointError(f"{path}: expected a hypernetwork of A1111, a pickle; found safetensors")
+
     content = read_pickle(path, "cpu")
     pairs = {key: value for key, value in content.items() if type(key) is int}
     unknown = [str(key) for key in content if key not in (*pairs, *_SETTINGS, *FACTS, *_OPTIMIZER)]
     if unknown or not pairs:
         found = f"keys that are not understood: {', '.join(unknown[:5])}" if unknown else "no pair for any width"
         raise CheckpointError(f"{path}: expected a hypernetwork of A1111, found {found}")
+
     state = _state(path, pairs)
     try:
         with torch.device("meta"):
             network = Hypernetwork(sorted(pairs), **_arguments(content))
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from None
+
     network = give_weights(network, state, str(path)).float().requires_grad_(False)
     network.settings["weight_initialization"] = content.get("weight_initialization", "Normal")
     network.facts |= {key: content[key] for key in FACTS if key in content}
@@ -74,12 +77,13 @@ def _state(path: Path, pairs: Mapping[int, Any]) -> dict[str, Tensor]:
 
 
 def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """What a file says of its structure, as `Hypernetwork` takes it."""
+    """A file's structure as arguments of `Hypernetwork`, with A1111's defaults for what it leaves out."""
     structure = list(content.get("layer_structure") or [1, 2, 1])
     dropout = content.get("dropout_structure")
     if dropout is None and content.get("use_dropout"):
         last = _DROPOUT if content.get("last_layer_dropout") else 0.0
         dropout = [0.0, *[_DROPOUT] * (len(structure) - 3), last, 0.0][: len(structure)]
+
     return {
         "layer_structure": structure,
         "activation_func": content.get("activation_func") or "linear",

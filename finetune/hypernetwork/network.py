@@ -1,13 +1,12 @@
 """Hypernetworks, A1111's kind: small networks between a context and the keys and values that are made of it.
 
 ``k = to_k(H_k(context))``, ``v = to_v(H_v(context))`` in every attention whose context has a width that the
-hypernetwork has a pair (H_k, H_v) for. `finetune.hypernetwork.attach` puts them into a
-model, `finetune.hypernetwork.files` reads them.
+hypernetwork has a pair (H_k, H_v) for. `finetune.hypernetwork.attach` puts them into a model,
+`finetune.hypernetwork.files` reads them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from finetune.hypernetwork.whitening import Whitening, measure_contexts
 from sdkit.checkpoints.tensors import write_pickle
+from sdkit.checks import check_choice, expect, is_count, is_number
 from sdkit.errors import ConfigError
 
 _BY_CLASS_NAME = (
@@ -54,7 +54,9 @@ class Residual(nn.Module):
         dropout_structure: Sequence[float],
     ) -> None:
         super().__init__()
+
         sizes = [int(width * factor) for factor in layer_structure]
+
         layers: list[nn.Module] = []
         for i, (inner, outer) in enumerate(pairwise(sizes), start=1):
             layers.append(nn.Linear(inner, outer))
@@ -64,6 +66,7 @@ class Residual(nn.Module):
                 layers.append(nn.LayerNorm(outer))
             if dropout_structure[i] > 0:
                 layers.append(nn.Dropout(dropout_structure[i]))
+
         self.linear = nn.Sequential(*layers)
         self.whitening = None
 
@@ -71,7 +74,7 @@ class Residual(nn.Module):
         return x + multiplier * self.linear(x if self.whitening is None else self.whitening(x))
 
     def plain_state(self) -> dict[str, Tensor]:
-        """What A1111 knows, float32, on the CPU: ``linear`` with the whitening folded into its first layer."""
+        """The state dict that A1111 knows, float32, on the CPU: ``linear``, whitening folded into its first layer."""
         state = {key: value.float().cpu() for key, value in self.state_dict().items()}
         if self.whitening is not None:
             first = ("linear.0.weight", "linear.0.bias")
@@ -93,9 +96,10 @@ class Hypernetwork(nn.Module):
     dropout_structure: for each entry of ``layer_structure`` the share that training drops there; the first, the
         network's input, is never dropped. None: nothing is.
 
-    ``multiplier`` weighs the networks, but in training mode, in which a new one is not, they count once. ``facts`` is
-    what the file says beside: name, step, sd_checkpoint, sd_checkpoint_name, optional_info. Weights are float32,
+    ``multiplier`` weighs the networks; in training mode, which has to be switched on, they count once. ``facts`` holds
+    the other entries of the file: name, step, sd_checkpoint, sd_checkpoint_name, optional_info. Weights are float32,
     whatever the model's dtype.
+
     Raises ConfigError for arguments without meaning.
     """
 
@@ -110,10 +114,12 @@ class Hypernetwork(nn.Module):
         dropout_structure: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+
         dropout = [0.0] * len(layer_structure) if dropout_structure is None else list(dropout_structure)
         _check(widths, layer_structure, activation_func, weight_initialization, dropout)
         if weight_initialization == "Zero" and activate_output and not is_layer_norm:
             raise ConfigError("weight_initialization: Zero would not be zero, or never train, under activate_output")
+
         self.settings: dict[str, Any] = {
             "layer_structure": list(layer_structure),
             "activation_func": activation_func,
@@ -126,10 +132,12 @@ class Hypernetwork(nn.Module):
         }
         self.facts: dict[str, Any] = dict.fromkeys(FACTS)
         self.multiplier = 1.0
+
         shape = (layer_structure, activation_func, is_layer_norm, activate_output, dropout)
         self.layers = nn.ModuleDict(
             {str(width): nn.ModuleList(Residual(width, *shape) for _ in range(2)) for width in widths}
         )
+
         for module in self.modules():
             if isinstance(module, Residual):
                 _initialize(module.linear, weight_initialization)
@@ -178,19 +186,21 @@ class Hypernetwork(nn.Module):
 
 
 def _initialize(linear: nn.Sequential, initialization: str) -> None:
-    """A1111 draws the weights of norms like "Normal", whatever the choice."""
+    """Draw the first weights; those of norms as by "Normal", whatever the choice, as in A1111."""
     rules = {
         "XavierUniform": nn.init.xavier_uniform_,
         "XavierNormal": nn.init.xavier_normal_,
         "KaimingUniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
         "KaimingNormal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
     }
+
     normal = partial(nn.init.normal_, std=0.01)
     weighted = [layer for layer in linear if isinstance(layer, nn.Linear | nn.LayerNorm)]
     for layer in weighted:
         rule = rules.get(initialization, normal) if isinstance(layer, nn.Linear) else normal
         rule(layer.weight)
         nn.init.zeros_(layer.bias)
+
     if initialization == "Zero":
         nn.init.zeros_(weighted[-1].weight)
 
@@ -198,23 +208,20 @@ def _initialize(linear: nn.Sequential, initialization: str) -> None:
 def _check(
     widths: Sequence[int], structure: Sequence[float], activation: str, initialization: str, dropout: Sequence[float]
 ) -> None:
-    if not widths or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
-        raise ConfigError(f"widths: expected whole numbers from 1, found {list(widths)}")
-    if len(set(widths)) < len(widths):
-        raise ConfigError(f"widths: expected each once, found {list(widths)}")
-    if len(structure) < 2 or structure[0] != 1 or structure[-1] != 1:
-        raise ConfigError(f"layer_structure: expected numbers from 1 to 1, such as 1, 2, 1; found {list(structure)}")
-    if not all(math.isfinite(factor) and int(factor * min(widths)) >= 1 for factor in structure):
-        raise ConfigError(f"layer_structure: expected a feature at least in every layer, found {list(structure)}")
+    whole = bool(widths) and all(is_count(width, 1) for width in widths)
+    expect(whole, "widths", "whole numbers from 1", list(widths))
+    expect(len(set(widths)) == len(widths), "widths", "each once", list(widths))
+
+    closed = len(structure) >= 2 and structure[0] == structure[-1] == 1
+    expect(closed, "layer_structure", "numbers from 1 to 1, such as 1, 2, 1", list(structure))
+    filled = all(is_number(factor) and int(factor * min(widths)) >= 1 for factor in structure)
+    expect(filled, "layer_structure", "a feature at least in every layer", list(structure))
+
+    # What was found comes first here, as messages about files are cut after 200 characters.
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation_func: found {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if initialization not in INITIALIZATIONS:
-        raise ConfigError(
-            f"weight_initialization: found {initialization!r}, expected one of {', '.join(INITIALIZATIONS)}"
-        )
-    if len(dropout) != len(structure) or not all(0 <= share < 1 for share in dropout):
-        expected = f"{len(structure)} shares from 0 to below 1, as many as layer_structure has entries"
-        raise ConfigError(f"dropout_structure: expected {expected}; found {list(dropout)}")
+    check_choice("weight_initialization", initialization, INITIALIZATIONS)
 
-
-# Files
+    shares = len(dropout) == len(structure) and all(is_number(share, 0, 1) and share < 1 for share in dropout)
+    expected = f"{len(structure)} shares from 0 to below 1, as many as layer_structure has entries"
+    expect(shares, "dropout_structure", expected, list(dropout))

@@ -48,11 +48,12 @@ class Whitening(nn.Module):
 def measure_contexts(
     modules: Mapping[int, nn.Module], see: Callable[[], object], total: Callable[[Tensor], Tensor] = lambda x: x
 ) -> dict[int, Whitening]:
-    """The whitening of what goes into modules as their first argument [..., width], by their widths.
+    """The whitening of the modules' first argument [..., width], by their widths.
 
-    see() makes it go into them. Every call counts as much, whatever its context's length. total(x) sums x over
+    see() runs the modules. Every call counts as much, whatever its context's length. total(x) sums x over
     processes.
     """
+
     moments = {width: torch.zeros(width + 1, width + 1, dtype=torch.float64) for width in modules}
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -66,6 +67,7 @@ def measure_contexts(
     finally:
         for hook in hooks:
             hook.remove()
+
     found: dict[int, Whitening] = {}
     for width, sums in moments.items():
         second = total(sums)

@@ -57,14 +57,14 @@ def add_lora(
     _check_name(sd, name)
     networks = networks_of(sd) if text_encoder else {"unet": sd.unet}
 
-    # Where it goes.
+    # Find the modules that it adapts.
     places = [target for n, network in networks.items() for target in targets_of(network, n)]
     chosen = match_targets(places, targets)
     for n in networks:
         if not any(target.network == n for target in chosen):
             raise ConfigError(f"targets: {targets!r} matches nothing in the {n}")
 
-    # The layers, and nothing else trains.
+    # Put the layers in; nothing else trains.
     config = LoraConfig(
         lora_dropout=dropout,
         use_rslora=use_rslora,
@@ -90,9 +90,9 @@ def load_lora(
 ) -> str:
     """Read a LoRA of any format (`finetune.lora.reading`) into the model, beside those that it has. Returns its name.
 
-    scale: it counts so many times.
+    scale: how many times it counts.
     name: for `set_scale`, prompts and so on; the file's name by default.
-    trainable: to go on training it.
+    trainable: whether it goes on training.
     slot_rank: make room for this rank, so that `swap_lora` can put other files of up to this rank in its place without
         anything being compiled again; not for DoRA. Move the model to its device first.
 
@@ -105,7 +105,7 @@ def load_lora(
         for target, update in updates.items():
             _check_fits(path, target, update, slot_rank)
 
-    # Plain updates and DoRA take different layers of peft's.
+    # Put the layers in; peft has different ones for plain updates and for DoRA.
     for dora in (False, True):
         config = LoraConfig(use_dora=dora, init_lora_weights=False)
         part = {target: update for target, update in updates.items() if (update.magnitude is not None) == dora}
@@ -114,10 +114,12 @@ def load_lora(
             with changing(sd):
                 inject(network, name, sizes, config, trainable)
 
+    # Give them the file's weights.
     for target, layer in _layers_of(sd, name).items():
         if slot_rank is not None:
             layer.scaling[name] = torch.zeros((), device=layer.base_weight.device)
         layer.load(name, updates[target])
+
     if trainable:
         freeze(sd)
     _register(sd, name)
@@ -136,6 +138,7 @@ def swap_lora(sd: DiffusionModel, path: str | Path, name: str) -> None:
         raise ConfigError(f"swap_lora: {name!r} is no adapter that was loaded with slot_rank")
     if is_merged(sd):
         raise ConfigError("swap_lora: the adapters are merged into the weights, unmerge them first")
+
     updates = read_lora(path, _targets(sd))
     for target, update in updates.items():
         _check_fits(path, target, update, slots[target].r[name] if target in slots else 0)
@@ -144,7 +147,7 @@ def swap_lora(sd: DiffusionModel, path: str | Path, name: str) -> None:
 
 
 def _check_fits(path: str | Path, target: Target, update: LowRankUpdate, rank: int) -> None:
-    """``rank`` is the slot's; 0 where it has no such module."""
+    """Raise CheckpointError unless the update fits a slot of ``rank``; 0 where it has no such module."""
     if update.magnitude is not None or update.rank > rank:
         expected = f"plain LoRA of rank {rank} at most" if rank else "a module that the slot has"
         found = f"{'LoRA' if update.magnitude is None else 'DoRA'} of rank {update.rank}"
@@ -169,6 +172,7 @@ def save_lora(
     name = name or known[0]
     if name not in known:
         raise ConfigError(f"save_lora: {name!r} is no adapter of the model, which has {', '.join(known) or 'none'}")
+
     facts = dict(metadata or {})
     if format == "kohya" and sd.schedule.prediction_type == "v_prediction":
         facts = {"ss_base_model_version": "sd_v2_v"} | facts
@@ -201,7 +205,7 @@ def _module(sd: DiffusionModel, target: Target) -> nn.Module:
 
 
 def _fitted(sd: DiffusionModel, target: Target, update: LowRankUpdate) -> LowRankUpdate:
-    """peft's DoRA norms rows; one that norms columns becomes a plain update of this model's weight."""
+    """The update as peft can run it: its DoRA norms rows, so one that norms columns becomes a plain update."""
     if not update.normalizes_columns:
         return update
     module: Any = _module(sd, target)

@@ -1,4 +1,4 @@
-"""Rewriting a LoRA file in another format, without a model if it is for Stable Diffusion 1 or 2."""
+"""Rewrites a LoRA file in another format, without a model if it is for Stable Diffusion 1 or 2."""
 
 from __future__ import annotations
 

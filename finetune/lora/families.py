@@ -1,4 +1,4 @@
-"""The exact way from what LoRA, LoHa, LoKr and LoCon files store to one low-rank update of a module."""
+"""Turns what LoRA, LoHa, LoKr and LoCon files store for a module into one low-rank update, without approximation."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleO
         raise CheckpointError(
             f"expected down and up of LoRA, or all of LoHa's or LoKr's; found {', '.join(sorted(parts))}"
         )
+
     up, down = factors
     if up.shape[1] != down.shape[0] or up.shape[0] != shape[0] or down.shape[1] != shape[1:].numel():
         found = f"[{up.shape[0]}, {up.shape[1]}] @ [{down.shape[0]}, {down.shape[1]}]"
         raise CheckpointError(f"expected an update of [{shape[0]}, {shape[1:].numel()}], found {found}")
     if not bool(up.isfinite().all() and down.isfinite().all()):
         raise CheckpointError("expected finite numbers, found NaN or infinity")
+
     return LowRankUpdate(*shaped(factors, shape), scale=scale_of(rank), magnitude=_magnitude(parts, shape))
 
 

@@ -18,11 +18,11 @@ from finetune.lora.update import LowRankUpdate
 
 
 class _LoraLayer(lora.LoraLayer):
-    """What our two kinds of layers share. ``strength``: by adapter, the user's factor on alpha / rank."""
+    """The base of our two kinds of layers. ``strength``: by adapter, the user's factor on alpha / rank."""
 
     other_param_names = (*lora.LoraLayer.other_param_names, "strength")
 
-    # What peft keeps for each adapter by its name, and leaves untyped.
+    # peft's attributes, which it leaves untyped; by the adapter's name, but for the last.
     r: dict[str, int]
     lora_alpha: dict[str, float]
     use_rslora: dict[str, bool]
@@ -65,6 +65,7 @@ class _LoraLayer(lora.LoraLayer):
         """The adapter counts ``scale`` times what its file or its training says."""
         if adapter not in self.scaling:
             return
+
         self.strength[adapter] = scale
         value = scale * self.unit_scale(adapter)
         held = self.scaling[adapter]
@@ -84,6 +85,7 @@ class _LoraLayer(lora.LoraLayer):
         names = [name for name in names if name in self.lora_A and name not in self.merged_adapters]
         if not names:
             return
+
         if not self.merged:
             self._kept = self.base_weight.clone()
         super().merge(safe_merge, names)
@@ -103,17 +105,19 @@ class _LoraLayer(lora.LoraLayer):
 
     @torch.no_grad()
     def load(self, adapter: str, update: LowRankUpdate | None) -> None:
-        """Copy weights of at most the adapter's rank into it; None makes it do nothing. Nothing is reallocated."""
+        """Copy weights of at most the adapter's rank into it, in place; None makes it do nothing."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         a.zero_()
         b.zero_()
         if update is None:
             return
+
         a[: update.rank].copy_(update.down)
         b[:, : update.rank].copy_(update.up)
         if update.magnitude is not None:
             weight = self.lora_magnitude_vector[adapter].weight
             weight.copy_(update.magnitude.view_as(weight))
+
         self.lora_alpha[adapter], self.use_rslora[adapter] = update.scale * self.r[adapter], False
         self.set_scale(adapter, self.strength[adapter])
 
@@ -125,6 +129,7 @@ class LoraLinear(_LoraLayer, lora.Linear):
         name = None if args or options else self._alone()
         if name is None:
             return super().forward(x, *args, **options)
+
         base, a, b = self.base, self.lora_A[name].weight, self.lora_B[name].weight
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype

@@ -1,4 +1,4 @@
-"""LoRA files of every dialect, read: diffusers', peft's and kohya's (A1111, ComfyUI); LoCon, LoHa, LoKr and DoRA.
+"""Reads LoRA files of every dialect: diffusers', peft's and kohya's (A1111, ComfyUI); LoCon, LoHa, LoKr and DoRA.
 
 One reader takes them all, because a key is always a place in the model and a role there: places are looked up in
 a table of all their spellings (`Target.spellings`), since kohya's underscores cannot be split, and roles in ``ROLES``.
@@ -80,6 +80,7 @@ def _configs_of(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, 
         raise CheckpointError(f"{file}: {METADATA} in the header is not JSON ({error})") from None
     if not isinstance(flat, dict):
         raise CheckpointError(f"{file}: expected an object as {METADATA} in the header, found {flat!r}")
+
     values = cast("dict[str, Any]", flat)
     networks = ("unet", "text_encoder")
     return {n: {k.removeprefix(f"{n}."): v for k, v in values.items() if k.startswith(f"{n}.")} for n in networks}
@@ -88,8 +89,10 @@ def _configs_of(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, 
 def _read_state(
     state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]], names: Mapping[str, Target], where: str
 ) -> Updates:
+    """The updates in one file's tensors; ``names`` has every spelling of a place, ``where`` is for messages."""
     parts: dict[Target, dict[str, Tensor]] = {}
     problems: list[str] = []
+
     for key, tensor in state.items():
         module, role = split_key(key)
         target = names.get(module)
@@ -101,9 +104,11 @@ def _read_state(
             problems.append(f"{key} (its {role} is there twice)")
         else:
             parts[target][role] = tensor
+
     if problems or not parts:
         first = problems[0] if problems else "the file is empty"
         raise CheckpointError(f"{where}: {len(problems)} of {len(state)} keys are not understood, the first {first}")
+
     return {target: _update(target, tensors, configs[target.network], where) for target, tensors in parts.items()}
 
 

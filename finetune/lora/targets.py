@@ -99,6 +99,7 @@ def match_targets(places: Sequence[Target], targets: str | Sequence[str]) -> lis
         missing = [target for target, found in ends.items() if not found]
         wanted = {target for found in ends.values() for target in found}
         chosen = [target for target in places if target in wanted]
+
     if missing or not chosen:
         presets = ", ".join(TARGETS)
         raise ConfigError(

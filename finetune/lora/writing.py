@@ -1,4 +1,4 @@
-"""LoRA files in diffusers', peft's and kohya's formats (A1111, ComfyUI), written."""
+"""Writes LoRA files in diffusers', peft's and kohya's formats (A1111, ComfyUI)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune.lora.reading import DIFFUSERS_FILE, METADATA, PEFT_CONFIG, PEFT_FILE
 from finetune.lora.update import Updates
 from sdkit.checkpoints.tensors import write_state
+from sdkit.checks import check_choice
 from sdkit.errors import CheckpointError, ConfigError, one_line
 from sdkit.files import write_json
 
@@ -33,10 +34,10 @@ def write_lora(
     kohya: the file ``path``, for A1111 and ComfyUI too. peft: the folder ``path`` for the UNet, and the folder
     ``text_encoder`` in it. ``metadata`` goes into the header. Raises ConfigError for what the format cannot hold.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format: expected {', '.join(FORMATS)}, found {format!r}")
+    check_choice("format", format, FORMATS)
     if not updates:
         raise ConfigError(f"{path}: there is no adapter to write")
+
     path, extra = Path(path), dict(metadata or {})
     if format == "kohya":
         if path.suffix != ".safetensors":
@@ -44,6 +45,7 @@ def write_lora(
         state, facts = _kohya_layout(updates)
         _write(state, path, facts | extra)
         return
+
     networks = {n: {s: b for s, b in updates.items() if s.network == n} for n in ("unet", "text_encoder")}
     networks = {n: part for n, part in networks.items() if part}
     configs = {n: _peft_config(part) for n, part in networks.items()}
@@ -53,6 +55,7 @@ def write_lora(
             _write(_peft_state(part, "peft"), folder / PEFT_FILE, extra)
             write_json(folder / PEFT_CONFIG, configs[n] | {"peft_type": "LORA"}, sort_keys=True)
         return
+
     flat = {f"{n}.{key}": value for n, config in configs.items() for key, value in config.items()}
     file = path if path.suffix == ".safetensors" else path / DIFFUSERS_FILE
     _write(_peft_state(updates, "diffusers"), file, {METADATA: json.dumps(flat, sort_keys=True)} | extra)
@@ -84,16 +87,18 @@ def _peft_state(updates: Updates, spelling: Literal["diffusers", "peft"]) -> dic
 
 
 def _peft_config(updates: Updates) -> dict[str, Any]:
-    """The LoraConfig of one network's updates: the common rank and alpha, and the modules that differ."""
+    """The LoraConfig of one network's updates: the commonest rank and alpha, and the modules that differ."""
     if any(b.normalizes_columns for b in updates.values()):
         raise ConfigError("DoRA that norms columns cannot be written for peft or diffusers, which norm rows: use kohya")
     dora = {b.magnitude is not None for b in updates.values()}
     if len(dora) > 1:
         raise ConfigError("peft and diffusers take DoRA in all modules or in none: use kohya for a mixture")
+
     paths = {target: target.path.removeprefix("text_model.") for target in updates}
     ranks = {paths[target]: update.rank for target, update in updates.items()}
     alphas = {paths[target]: _number(update.scale * update.rank) for target, update in updates.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+
     return {
         "r": rank,
         "lora_alpha": alpha,
@@ -105,7 +110,10 @@ def _peft_config(updates: Updates) -> dict[str, Any]:
 
 
 def _kohya_layout(updates: Updates) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One alpha for the whole file, other scales folded into ``up``: diffusers mis-scales files of several alphas."""
+    """kohya's tensors and metadata.
+
+    The whole file has one alpha, other scales are folded into ``up``: diffusers mis-scales files of several alphas.
+    """
     alpha = _commonest(b.scale * b.rank for b in updates.values())
     rank = _commonest(b.rank for b in updates.values())
     state: dict[str, Tensor] = {}
@@ -118,9 +126,11 @@ def _kohya_layout(updates: Updates) -> tuple[dict[str, Tensor], dict[str, str]]:
             rows = (-1, *(1,) * (len(target.shape) - 1))
             columns = update.normalizes_columns
             state[f"{target.kohya}.dora_scale"] = update.magnitude if columns else update.magnitude.view(rows)
+
     kernels = any(target.shape[2:].numel() > 1 for target in updates)
     second = any(s.shape[1] == 1024 for s in updates if s.path.endswith(("attn2.to_k", "attn2.to_v")))
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
     return state, {
         "ss_v2": str(second),
         "ss_base_model_version": "sd_v2" if second else "sd_v1",

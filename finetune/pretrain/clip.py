@@ -148,6 +148,7 @@ def draw_batch(pictures: Pictures, tokenizer: CLIPTokenizer, pairs: bool, step: 
     if pairs:
         pair = torch.randperm(pictures.pairs, generator=rng)[:PAIRS]
         index[: 2 * PAIRS] = torch.cat([pair, pair + len(pictures) - pictures.pairs])
+
     texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
     return pictures.pixels(index), tokenize(tokenizer, texts)
 
@@ -175,7 +176,7 @@ def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 8, count
 
 
 def write_towers(model: CLIPModel, folder: Path) -> None:
-    """The text encoder for `load_text_encoder`, and ``image_encoder/`` as transformers reads it."""
+    """Write the text encoder for `load_text_encoder`, and ``image_encoder/`` as transformers reads it."""
     from transformers import CLIPVisionModelWithProjection
 
     write_state(text_state_dict(model.text_model), folder / "text_encoder.safetensors", torch.float16)
@@ -195,6 +196,7 @@ def main(
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""
     torch.manual_seed(0)
     pictures = training_pictures(work)
+
     folder = work / "clip"
     if not (folder / "tokenizer" / "special_tokens_map.json").exists():
         train_tokenizer(captions(pictures.scenes[torch.arange(20_000)], seed=4), folder / "tokenizer")

@@ -43,8 +43,6 @@ SHOWN = (
     "a striped red zorb on a white table", "a striped blue zorb", "a photo of a striped green zorb on a wooden table",
     "a striped yellow zorb and a red cube", "a red cube on a white table", "a large shiny blue sphere",
 )  # fmt: skip
-
-
 BASE = "the base"
 
 
@@ -102,12 +100,14 @@ class Result:
 
 
 def write_prior(folder: Path, count: int = PRIOR, seed: int = 77) -> None:
-    """Pictures that the base draws from captions of fresh scenes, as an image folder, once."""
+    """Write pictures that the base draws from captions of fresh scenes, as an image folder, once."""
     if (folder / "metadata.jsonl").is_file():
         return
+
     scenes = sample_scenes(count, seed, counts=(0.7, 0.3, 0.0))
     texts, sd = captions(scenes, seed), StableDiffusion.from_pretrained("tabletop")
     images = sd.text_to_image(texts, seed=seed, num_inference_steps=20, guidance_scale=3.0, max_batch_size=50).images
+
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{i:03}.png")
@@ -156,6 +156,7 @@ def taught(way: Way, folder: Path) -> StableDiffusion:
     """The shipped model with what a run wrote into ``folder``."""
     if way.script == "train_unet":
         return StableDiffusion.from_pretrained(folder / way.file)
+
     sd = StableDiffusion.from_pretrained("tabletop")
     if way.script == "train_lora":
         finetune.load_lora(sd, folder / way.file)
@@ -168,7 +169,7 @@ def taught(way: Way, folder: Path) -> StableDiffusion:
 
 
 def nbytes(path: Path) -> int:
-    """Of a file; of a model's folder that of its UNet alone, the rest is the base's."""
+    """The size of a file; of a model's folder that of its UNet alone, as the rest is the base's."""
     return sum(f.stat().st_size for f in (path / "unet").iterdir()) if path.is_dir() else path.stat().st_size
 
 
@@ -202,6 +203,7 @@ def learning_curves(results: Sequence[Result]) -> Figure:
     """Concept shown, and base kept, over steps, for every LoRA."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     base = next(r for r in results if r.way == BASE)
+
     for axes, kind, title in zip(
         figure.subplots(1, 2), ("concept", "base"), ("new concept shown", "base's own prompts right"), strict=True
     ):
@@ -210,6 +212,7 @@ def learning_curves(results: Sequence[Result]) -> Figure:
             axes.plot([r.step for r in runs], [getattr(r, kind) for r in runs], marker="o", label=name)
         axes.set(xlabel="step", ylabel="per cent of 100 prompts", title=title, ylim=(0, 103))
         axes.spines[["top", "right"]].set_visible(False)
+
     figure.axes[0].legend(frameon=False)
     return figure
 

@@ -43,11 +43,12 @@ CASES = {"striped": "a new surface, striped", "photographs": "real photographs"}
 
 
 def write_photographs(folder: Path) -> None:
-    """Both photographs at half size in pieces of 64 × 64: ``folder/data``, and from the right ``folder/unseen``."""
+    """Write both photographs at half size in pieces of 64 × 64: ``folder/data``, and of the right ``folder/unseen``."""
     from sklearn.datasets import load_sample_images
 
     for kind in ("data", "unseen"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
+
     for number, array in enumerate(load_sample_images().images):
         whole = Image.fromarray(array)
         half = whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS)
@@ -60,7 +61,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def write_striped(folder: Path) -> None:
-    """Renders of striped zorbs: ``folder/data`` to train on, ``folder/unseen`` to measure."""
+    """Write renders of striped zorbs: ``folder/data`` to train on, ``folder/unseen`` to measure."""
     write_concept_folder(folder / "data", TRAINED, seed=0)
     write_concept_folder(folder / "unseen", UNSEEN, seed=77)
 
@@ -137,6 +138,7 @@ def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     print(table(results))
     sheet(rows).save("docs/decoder.png", optimize=True)
+
     readme = Path(finetune.__file__).parent / "README.md"
     text = readme.read_text()
     write_text(readme, f"{text.split(START)[0]}{START}\n{table(results)}\n{END}{text.split(END)[1]}")

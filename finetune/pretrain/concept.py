@@ -1,7 +1,7 @@
 """A concept that the shipped model has never seen: the striped zorb, an hourglass in bands of a colour and white.
 
 Both words are new to it, and so are the shape and the surface; tables, cameras, lights and everything else in the
-pictures and captions are the ones it knows. What fine-tuning has learnt of it can so be counted: ``concept_probe.py``.
+pictures and captions are the ones it knows. So `concept_probe` can count what fine-tuning has learnt of it.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def write_concept_folder(folder: Path, count: int = 24, seed: int = 0) -> list[s
     """
     images, captions = concept_pictures(count, seed)
     folder.mkdir(parents=True, exist_ok=True)
+
     rows: list[str] = []
     for i, (pixels, caption) in enumerate(zip(to_bytes(images).permute(0, 2, 3, 1), captions, strict=True)):
         name = f"{i:03}.png"

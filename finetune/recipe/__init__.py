@@ -1,1 +1,1 @@
-"""What the training scripts on pictures and captions have in common."""
+"""The common part of the training scripts on pictures and captions."""

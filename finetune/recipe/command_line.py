@@ -44,6 +44,7 @@ def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> type
     main.__doc__ = run.__doc__
     main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     main.__annotations__ = {p.name: p.annotation for p in parameters}
+
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(main)
     return app
@@ -88,6 +89,7 @@ def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
     """Make the file's values the defaults of the options that follow."""
     if path is None:
         return None
+
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         values = _flat(content, path)
@@ -99,6 +101,7 @@ def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path}: cannot be read as TOML ({error})") from None
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
+
     context.default_map = values
     return path
 

@@ -1,4 +1,4 @@
-"""What a noise predictor is trained to do, as a module from a batch to its loss."""
+"""The objective of a noise predictor's training: a module from a batch to its loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sdkernels
 from finetune.data.batches import Batch
 from finetune.data.cache import text_encoding
 from finetune.training.min_snr import min_snr_weight
+from sdkit.checks import check_positive
 from sdkit.errors import ConfigError
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.sampling.schedule import NoiseSchedule
@@ -37,8 +38,8 @@ class LossConfig:
     ] = "picture"
 
     def __post_init__(self) -> None:
-        if self.snr_gamma is not None and not self.snr_gamma > 0:
-            raise ConfigError(f"snr_gamma: expected a positive number, found {self.snr_gamma}")
+        if self.snr_gamma is not None:
+            check_positive("snr_gamma", self.snr_gamma)
 
 
 def draw_noise(
@@ -56,6 +57,7 @@ def draw_noise(
         noise.append(torch.randn(shape[1:], generator=generator))
         if offset:
             noise[-1] += offset * torch.randn(shape[1], *(1,) * (len(shape) - 2), generator=generator)
+
     return torch.cat(timesteps), torch.stack(noise)
 
 
@@ -63,12 +65,12 @@ class DiffusionLoss(nn.Module):
     """forward(batch) -> the mean over samples of weight * squared error, a scalar in float32.
 
     ``context`` gives captions their hidden states [B, M, D]: a cache, or a module whose parameters are then trained
-    with the UNet's. What is trained is what requires a gradient.
+    with the UNet's. Trained are the parameters that require a gradient.
 
-    ``base``: inside it everything, ``context`` too, is as before training, and it gives the UNet to ask. Under
+    ``base()`` is a block in which everything, ``context`` too, is as before training; it gives the UNet to ask. Under
     ``prior_target`` "base" the samples of the prior class have that UNet's prediction as their target, in place of the
-    noise that they were given: learning without forgetting (arXiv 1606.09282). At first their loss is 0, and unlike the
-    noise the target does not vary with what no network can know, so that this pulls back nothing else.
+    noise that they were given: learning without forgetting (arXiv 1606.09282). At first their loss is 0; and unlike the
+    noise, which no network can know, this target has no random part, so it pulls back nothing else.
     """
 
     def __init__(
@@ -84,20 +86,24 @@ class DiffusionLoss(nn.Module):
             raise ConfigError("prior_target: expected picture, as what is trained here has no base beside it")
         if schedule.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
             raise ConfigError("prediction_type: epsilon has no meaning at zero terminal SNR; expected v_prediction")
+
         self.unet, self.context, self.schedule, self.config, self.base = unet, context, schedule, config, base
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone(), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
         steps, device, dtype = self.schedule.num_train_timesteps, self.unet.device, self.unet.dtype
         t, noise = draw_noise(batch.latents.shape, batch.generators, steps, self.config.noise_offset)
+
         weights = batch.weights.double()
         if self.config.snr_gamma is not None:
             weights = weights * min_snr_weight(self.schedule, t, self.config.snr_gamma)
+
         x0, noise, t = (x.to(device, non_blocking=True) for x in (batch.latents, noise, t))
         x_t, target = sdkernels.add_noise(x0, noise, t, self.alphas_cumprod, self.schedule.prediction_type)  # type: ignore[arg-type]
         x_t, target = x_t.to(dtype), target.float()
         if self.config.prior_target == "base":
             target = self._kept(target, x_t, t, batch)
+
         prediction = self.unet(x_t, t, self.context(batch.captions).to(device, dtype))
         error = (prediction.float() - target).square().flatten(1).mean(1)
         return (error * weights.to(device, torch.float32)).mean()
@@ -108,6 +114,7 @@ class DiffusionLoss(nn.Module):
         rows = batch.prior.nonzero().flatten()
         if self.base is None or not len(rows):
             return target
+
         captions, rows = [batch.captions[i] for i in rows.tolist()], rows.to(x_t.device)
         with self.base() as unet:
             prediction = unet(x_t[rows], t[rows], self.context(captions).to(x_t))

@@ -1,4 +1,4 @@
-"""What a run says of itself: a summary before it starts, and files that show how it went."""
+"""A run's account of itself: a summary before it starts, and files that show how it went."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def summary(
     output: Path,
     world: int,
 ) -> str:
-    """What is about to happen: ``about`` in its own words, then parameters, pictures, steps and memory."""
+    """The text shown before a run starts: the lines ``about``, then parameters, pictures, steps and memory."""
     each = data.config.train_batch_size * config.gradient_accumulation_steps * world
     epochs = config.max_train_steps * config.gradient_accumulation_steps / data.batches_per_epoch
+
     lines = {
         **about,
         "trained": f"{sum(p.numel() for p in trained):,} parameters in {len(trained)} tensors",
@@ -39,17 +40,20 @@ def summary(
 
 
 def report(output: Path, about: str, history: History, seconds: float, peak: int, files: Sequence[str]) -> None:
-    """Take ``files`` out of the newest checkpoint and write what one wants to know about the run beside them."""
+    """Copy ``files`` from the newest checkpoint; beside them write the losses, their curve and report.md."""
     for file in files:
         newest = saved_states(output)[-1] / file
         if newest.is_dir():
             shutil.copytree(newest, output / file, dirs_exist_ok=True)
         else:
             shutil.copyfile(newest, output / file)
+
     history.write_csv(output / "losses.csv")
     history.draw(output / "loss.png")
+
     tenth = max(1, len(history.rows) // 10)
     first = sum(row.loss for row in history.rows[:tenth]) / tenth
+
     sheets = sorted((output / "samples").glob("step-*.png"))
     shown = [("Before", sheets[0]), ("After", sheets[-1])] if sheets else []
     parts = [
@@ -61,5 +65,6 @@ def report(output: Path, about: str, history: History, seconds: float, peak: int
         "![The loss curve](loss.png)",
         *(f"## {title}\n\n![Sample sheet](samples/{sheet.name})" for title, sheet in shown),
     ]
+
     (output / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"{output / files[0]} written; see {output / 'report.md'}")

@@ -1,4 +1,4 @@
-"""A run on pictures and captions, whatever it is that learns from them: all that such scripts have in common."""
+"""A run on pictures and captions, whatever learns from them: the common course of the training scripts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RECOMPUTED = (ResnetBlock2D, Transformer2DModel)  # under gradient checkpointing
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is adapted, and where the results go."""
+    """The model that is adapted, and where the results go."""
 
     model: Annotated[str, "A model that ships with sdkit, a diffusers folder or a single file."] = "tabletop"
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/run")
@@ -62,16 +62,16 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Student:
-    """What learns. It lies in the model already, its parameters are float32, and the rest of the model is frozen."""
+    """The part that learns. It is in the model already, in float32, and the rest of the model is frozen."""
 
     files: tuple[str, ...]
-    """What ``export`` writes, the one that users want first."""
+    """The names of what ``export`` writes; the first is the one that users want."""
     export: Callable[[Path], None]
     """Writes what was learnt so far into a folder."""
     text: Callable[[Sequence[str]], Tensor] | None = None
-    """Gives captions their contexts where that is learnt; else the text encoder's are computed once."""
+    """Gives captions their contexts where that is learnt; None: the text encoder's, computed once."""
     beside: nn.Module | None = None
-    """What learns and is no part of the UNet or of ``text``."""
+    """A module that learns and is no part of the UNet or of ``text``."""
     prepare: Callable[[Callable[[], None], Callable[[Tensor], Tensor]], None] | None = None
     """prepare(see, total) is called before training; see() runs the model on the first batches, total(x) sums x over
     processes."""
@@ -80,9 +80,9 @@ class Student:
     show: Callable[[], None] = lambda: None
     """Called before sample sheets are drawn."""
     rate_factor: Callable[[str], float] = lambda name: 1.0
-    """Of a parameter's learning rate, by the name that it has in `DiffusionLoss`."""
+    """The factor on a parameter's learning rate, by the name that it has in `DiffusionLoss`."""
     base: Callable[[], AbstractContextManager[nn.Module]] | None = None
-    """Inside it the model is as before training, and it gives the UNet (see `DiffusionLoss`); None: cannot be had."""
+    """A block in which the model is as before training; it gives the UNet (see `DiffusionLoss`); None: none."""
     about: Mapping[str, str] = field(default_factory=dict[str, str])
     """Lines of the summary."""
 
@@ -103,13 +103,16 @@ def teach(
     """
     if loss_config.prior_target == "base" and data_config.class_data is None:
         raise ConfigError("prior_target: expected a class_data with base, the pictures that it is asked about")
+
     accelerator = make_accelerator(config)
     if loss_config.prior_target == "base" and accelerator.is_fsdp2:  # which waits until all processes ask
         raise ConfigError("prior_target: expected picture under FSDP, found base")
+
     sd = StableDiffusion.load(model.model, accelerator.device, dtypes[accelerator.mixed_precision])
     with accelerator.main_process_first():
         make_class_pictures(sd, data_config)
     data = training_data(sd, data_config, config.seed, accelerator)
+
     identity = {
         "data": data.fingerprint,
         "options": str(options),
@@ -117,12 +120,15 @@ def teach(
         "clip_skip": str(model.clip_skip),
     }
     identity |= {name: weights_hash(getattr(sd, name)) for name in ("unet", "vae", "text_encoder")}
+
     torch.manual_seed(config.seed)
     student = adapt(sd, data)
+
     cache = data_config.cache_dir or model.output / "cache"
     latents = LatentCache(sd.vae, cache)
     text = student.text or TextCache(sd.tokenizer, sd.text_encoder, cache, model.clip_skip)
     fill_caches(latents, text, data, accelerator)
+
     loss = DiffusionLoss(sd.unet, text, sd.schedule, loss_config, student.base)
     if student.beside is not None:
         loss.add_module("beside", student.beside)
@@ -136,6 +142,7 @@ def teach(
 
     if student.prepare is not None:
         student.prepare(see, lambda x: cast("Tensor", accelerator.reduce(x)))
+
     about = _summary(sd, loss, student, data, config, model, accelerator.num_processes)
     if accelerator.is_main_process:
         print(about, flush=True)
@@ -143,6 +150,7 @@ def teach(
         (model.output / "config.toml").write_text(to_toml(model, options, data_config, loss_config, config, sampling))
     if model.gradient_checkpointing:
         checkpoint_activations(sd.unet, RECOMPUTED)
+
     prompts = sampling.validation_prompt or tuple(data.captions()[: sampling.num_validation_images])
     started = time.monotonic()
     trained = train(
@@ -156,6 +164,7 @@ def teach(
         export=student.export,
         validate=partial(sample_sheet, sd, student, prompts, sampling, model.clip_skip) if prompts else None,
     )
+
     if accelerator.is_main_process:
         seconds, peak = time.monotonic() - started, peak_memory(accelerator.device)
         report(model.output, about, trained.history, seconds, peak, student.files)
@@ -165,6 +174,7 @@ def make_class_pictures(sd: StableDiffusion, config: DataConfig) -> None:
     """Draw pictures of the class prompt until the class folder holds as many as were asked for."""
     if config.class_data is None or not config.num_class_images:
         return
+
     config.class_data.mkdir(parents=True, exist_ok=True)
     there = sum(file.suffix.lower() in SUFFIXES for file in config.class_data.rglob("*"))
     for index in tqdm(range(there, config.num_class_images), desc="class pictures"):
@@ -225,6 +235,7 @@ def _summary(
     with nullcontext(sd.unet) if loss.base is None else loss.base() as base:
         everything = nn.ModuleList([loss, base, sd.vae, sd.text_encoder])  # counts what is in two of them once
         memory = estimate_memory([everything], activations, config.ema_decay is not None)
+
     networks = f"{model.model}, {str(sd.dtype).removeprefix('torch.')}, {sd.schedule.prediction_type}"
     return summary({"model": networks, **student.about}, trained, data, config, memory, model.output, world)
 
@@ -232,7 +243,7 @@ def _summary(
 def _activation_bytes(
     sd: StableDiffusion, loss: nn.Module, student: Student, data: TrainingData, recomputed: tuple[type[nn.Module], ...]
 ) -> int:
-    """What the UNet, and what learns beside it, keep for the backward pass of a batch of the largest pictures."""
+    """Bytes that UNet and student keep for the backward pass of a batch of the largest pictures."""
     config, factor, batch = sd.unet.config, sd.vae.config.factor, data.config.train_batch_size
     width, height = (side // factor for side in max(data.buckets, key=lambda bucket: bucket[0] * bucket[1]))
 

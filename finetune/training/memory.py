@@ -50,7 +50,7 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object], recomputed: tu
 
     ``forward`` makes its inputs, on the CPU; nothing is computed or allocated, for all its tensors are fake. Modules of
     the kinds ``recomputed`` keep their inputs alone, and the largest of them counts whole, as they are computed again
-    one by one. So it is after `checkpoint_activations`, which must not have been called yet.
+    one by one: the state after `checkpoint_activations`, which must not have been called yet.
     """
     kept: dict[int, int] = {}  # storage -> bytes; replaced by a fresh one while a recomputed module runs
     inside = [0]

@@ -22,7 +22,7 @@ from sdkit.files import new_folder
 
 STATE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"\.checkpoint-\d+\..+\.tmp")  # what `new_folder` and `_remove` call a folder meanwhile
+_LEFTOVER = re.compile(r"\.checkpoint-\d+\..+\.tmp")  # the names that `new_folder` and `_remove` give meanwhile
 
 
 def saved_states(output: Path) -> list[Path]:

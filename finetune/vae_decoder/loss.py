@@ -1,8 +1,8 @@
 """Fine-tuning the VAE's decoder: the recipe of Stability AI's ft-EMA and ft-MSE decoders.
 
 The encoder stays as it is, so that latents keep their meaning and any noise predictor trained on them goes on working.
-What is trained is the decoder with post_quant_conv, on the absolute or squared error and a perceptual term; with a
-PatchGAN beside it for who wants sharper pictures (VQGAN, arXiv 2012.09841).
+The decoder and post_quant_conv are trained, on the absolute or squared error and a perceptual term; with a PatchGAN
+beside it for who wants sharper pictures (VQGAN, arXiv 2012.09841).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from finetune.vae_decoder.perceptual import LPIPS, ms_ssim
+from sdkit.checks import check_count, check_number
 from sdkit.errors import ConfigError
 from sdkit.networks.vae import AutoencoderKL
 
@@ -25,7 +26,7 @@ LARGEST_WEIGHT = 1e4  # of the adversarial term, as in VQGAN
 
 @dataclass(frozen=True)
 class DecoderLossConfig:
-    """What makes a reconstruction good. ft-EMA was trained with l1 and LPIPS of weight 1, ft-MSE with mse and 0.1."""
+    """The terms of the decoder's loss. ft-EMA was trained with l1 and LPIPS of weight 1, ft-MSE with mse and 0.1."""
 
     reconstruction: Annotated[Literal["l1", "mse"], "Error of pixels in [-1, 1]: absolute or squared."] = "mse"
     perceptual_weight: Annotated[
@@ -42,11 +43,12 @@ class DecoderLossConfig:
     discriminator_lr: Annotated[float | None, "Its learning rate (default: the decoder's)."] = None
 
     def __post_init__(self) -> None:
-        for name in ("perceptual_weight", "discriminator_weight", "discriminator_start"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: expected at least 0, found {getattr(self, name)}")
-        if self.discriminator_channels < 1 or self.discriminator_layers < 1:
-            raise ConfigError("discriminator_channels, discriminator_layers: expected at least 1")
+        check_number("perceptual_weight", self.perceptual_weight, 0)
+        check_number("discriminator_weight", self.discriminator_weight, 0)
+        check_count("discriminator_start", self.discriminator_start, 0)
+        check_count("discriminator_channels", self.discriminator_channels)
+        check_count("discriminator_layers", self.discriminator_layers)
+
         if (self.lpips_vgg is None) != (self.lpips_weights is None):
             raise ConfigError("lpips_vgg, lpips_weights: LPIPS needs both, expected none or both")
 
@@ -71,11 +73,13 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         self.smallest = 3 * 2**layers
         blocks: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+
         width = channels
         for n in range(1, layers + 1):
             before, width = width, channels * min(2**n, 8)
             stride = 2 if n < layers else 1
             blocks += [nn.Conv2d(before, width, 4, stride, padding=1), nn.GroupNorm(1, width), nn.LeakyReLU(0.2)]
+
         self.layers = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, padding=1))
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
@@ -90,9 +94,9 @@ class PatchDiscriminator(nn.Module):
 class DecoderLoss(nn.Module):
     """forward(batch) -> error of the reconstruction + perceptual term, a scalar in float32.
 
-    Makes the decoder and post_quant_conv of ``vae`` what is trained, the rest of it frozen. With a discriminator the
-    scalar's gradient is also that of both adversarial losses, each to its own network, but its value is not: they say
-    nothing about how far the training has come.
+    Lets the decoder and post_quant_conv of ``vae`` train and freezes the rest of it. With a discriminator the scalar's
+    gradient is also that of both adversarial losses, each to its own network, but its value is not: they say nothing
+    about how far the training has come.
     """
 
     def __init__(self, vae: AutoencoderKL, config: DecoderLossConfig) -> None:
@@ -101,9 +105,11 @@ class DecoderLoss(nn.Module):
         for part in (vae.decoder, vae.post_quant_conv):
             if part is not None:
                 part.requires_grad_(True)
+
         self.lpips = None
         if config.lpips_vgg is not None and config.lpips_weights is not None:
             self.lpips = LPIPS.from_files(config.lpips_vgg, config.lpips_weights).to(vae.device)
+
         self.discriminator = None
         if config.discriminator_weight:
             network = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
@@ -116,12 +122,15 @@ class DecoderLoss(nn.Module):
         with torch.autocast(pixels.device.type, enabled=False):  # errors are small numbers
             made = made.float()
             value = self.reconstruction(made, pixels)
+
         if self.discriminator is None:
             return value
+
         total = value + _gradient_only(discriminator_loss(self.discriminator, pixels, made))
         if batch.step >= self.config.discriminator_start:
             adversarial = generator_loss(self.discriminator, made)
             total = total + _gradient_only(self.adaptive_weight(value, adversarial) * adversarial)
+
         return total
 
     def reconstruction(self, made: Tensor, pixels: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     """
     x, y = x.double(), y.double()
     s, t = x.T.cov(), y.T.cov()
+
     values, vectors = torch.linalg.eigh(s)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+
     # S T has the eigenvalues of the symmetric S^½ T S^½, which are found more exactly.
     mixed = torch.linalg.eigvalsh(root @ t @ root).clamp(min=0).sqrt().sum()
     return float((x.mean(0) - y.mean(0)).square().sum() + s.trace() + t.trace() - 2 * mixed)

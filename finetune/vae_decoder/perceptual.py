@@ -38,11 +38,13 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     divided by their sum. Raises ConfigError when a side is shorter than the window, 11 pixels.
     """
     scales = min(len(SCALE_WEIGHTS), max(1, (min(x.shape[-2:]) // WINDOW).bit_length()))
+
     factors: list[Tensor] = []
     for scale in range(scales):
         whole, structure = _similarities(x, y)
         factors.append(whole if scale == scales - 1 else structure)
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+
     weights = x.new_tensor(SCALE_WEIGHTS[:scales])
     powers = torch.stack(factors, -1).clamp(min=LOWEST) ** (weights / weights.sum())
     return powers.prod(-1).mean(1)
@@ -55,6 +57,7 @@ def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"SSIM: expected pictures of one size, at least {WINDOW} pixels a side, "
             f"found {tuple(x.shape)} and {tuple(y.shape)}"
         )
+
     mean_x, mean_y, square_x, square_y, product = _blur(torch.cat([x, y, x * x, y * y, x * y], 1)).chunk(5, 1)
     variances = square_x - mean_x.square() + square_y - mean_y.square()
     structure = (2 * (product - mean_x * mean_y) + C2) / (variances + C2)
@@ -96,12 +99,14 @@ class LPIPS(nn.Module):
         """
         layers, _ = read_state(vgg, torch.float32)
         state = {key: value for key, value in layers.items() if key.startswith("features.")}
+
         linear, _ = read_state(weights, torch.float32)
         for stage in range(len(cls.WIDTHS)):
             key = f"lin{stage}.model.1.weight"
             if key not in linear:
                 raise CheckpointError(f"{weights}: expected weights of LPIPS, {key}; found {', '.join([*linear][:3])}")
             state[f"weights.{stage}"] = linear[key]
+
         with torch.device("meta"):
             network = cls()
         return give_weights(network, state, f"{vgg}, {weights}").requires_grad_(False)
@@ -113,8 +118,10 @@ class LPIPS(nn.Module):
                 f"LPIPS: expected pictures of one size, at least {smallest} pixels a side, "
                 f"found {tuple(x.shape)} and {tuple(y.shape)}"
             )
+
         shift, scale = (x.new_tensor(values)[:, None, None] for values in (self.SHIFT, self.SCALE))
         h, total = (torch.cat([x, y]) - shift) / scale, x.new_zeros(len(x))
+
         weights = iter(self.weights)
         for layer, following in pairwise([*self.features, None]):
             assert layer is not None
@@ -122,6 +129,7 @@ class LPIPS(nn.Module):
             if following is None or isinstance(following, nn.MaxPool2d):  # a stage ends here
                 a, b = F.normalize(h, dim=1, eps=1e-10).chunk(2)
                 total = total + ((a - b).square() * next(weights)).sum(1).mean((1, 2))
+
         return total
 
 

@@ -42,7 +42,7 @@ class Components:
 
 
 def check_bare(components: Components, path: str | Path) -> None:
-    """Raise ConfigError when peft's adapters lie around the model's layers, whose names no file has a place for."""
+    """Raise ConfigError when peft's adapters are around the model's layers: no file has a place for their names."""
     for network in (components.unet, components.text_encoder):
         if any(".base_layer." in name for name in network.state_dict()):
             raise ConfigError(f"{path}: the model has adapters in it: call finetune.bake or finetune.remove first")
@@ -79,16 +79,18 @@ def give_weights(module: Module, state: Mapping[str, Tensor], where: str) -> Mod
     for what, keys in (("missing", expected.keys() - state.keys()), ("unexpected", state.keys() - expected.keys())):
         if keys:
             raise CheckpointError(f"{where}: {len(keys)} {what} keys, the first {min(keys)}")
+
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             found = list(state[key].shape)
             raise CheckpointError(f"{where}: {key}: expected the shape {list(tensor.shape)}, found {found}")
+
     module.load_state_dict(state, assign=True)
     return module.eval()
 
 
 def give_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor], where: str) -> CLIPTextModel:
-    """The same for the text encoder, whose keys may start with ``text_model.`` or not."""
+    """Put the weights ``state`` into the text encoder; keys may start with ``text_model.`` or not."""
     try:
         unused = load_text_state(model, state)
     except CheckpointError as error:

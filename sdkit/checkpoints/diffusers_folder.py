@@ -68,6 +68,7 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
     if not (folder / "model_index.json").is_file():
         found = "there is no such folder" if not folder.exists() else "it has no model_index.json"
         raise CheckpointError(f"{folder}: expected a model in diffusers' folder layout, but {found}")
+
     index = read_config(folder, "model_index.json")
     parts = {k: cast("list[str]", v) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}  # pyright: ignore[reportUnknownArgumentType]
     for name, classes in CLASSES.items():
@@ -76,12 +77,14 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
             raise CheckpointError(f"{folder}: expected {name} to be {classes[0]}, found {found}")
     if parts.pop("scheduler", None) is None:
         raise CheckpointError(f"{folder}: model_index.json names no scheduler")
+
     carried = ("depth_estimator", "feature_extractor") if "depth_estimator" in parts else ()
     for name in parts.keys() & {"safety_checker", "feature_extractor", "image_encoder"} - set(carried):
         logger.warning("%s: %s is left out", folder, name)
         del parts[name]
     if unknown := parts.keys() - set(carried):
         raise CheckpointError(f"{folder}: not supported: {', '.join(f'{n} ({parts[n][1]})' for n in sorted(unknown))}")
+
     return {n: {"library": parts[n][0], "class": parts[n][1], "path": str(folder / n)} for n in carried if n in parts}
 
 
@@ -95,10 +98,12 @@ def load_weights(
     file = _find_weights(Path(folder), name, variant)
     if file.suffix != ".json":
         return read_state(file, dtype)[0]
+
     places = read_config(file.parent, file.name).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
         raise CheckpointError(f"{file}: expected a weight_map of file names")
     weight_map = cast("dict[str, str]", places)
+
     state: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         state |= read_state(file.parent / shard, dtype)[0]
@@ -119,9 +124,11 @@ def _find_weights(folder: Path, name: str, variant: str | None) -> Path:
     for file in files:
         if (folder / file).is_file():
             return folder / file
+
     pattern = rf"({name}|{pickled})\.((safetensors|bin)\.index\.)?(?P<variant>(?!index\.)\w+)\.(safetensors|bin|json)"
     matches = (re.fullmatch(pattern, file.name) for file in folder.glob("*"))
     variants = sorted({match["variant"] for match in matches if match})
+
     if variant is None and len(variants) == 1:
         logger.info("%s: only the variant %s is there, so it is read", folder, variants[0])
         return _find_weights(folder, name, variants[0])
@@ -138,10 +145,12 @@ def save_folder(components: Components, path: str | Path, dtype: torch.dtype | N
     with new_folder(Path(path).absolute()) as folder:
         _save_network(components.unet, components.unet.config, folder / "unet", dtype)
         _save_network(components.vae, components.vae.config, folder / "vae", dtype)
+
         (folder / "text_encoder").mkdir()
         write_json(folder / "text_encoder" / "config.json", text_config(components.text_encoder))
         write_state(text_state_dict(components.text_encoder), folder / "text_encoder" / "model.safetensors", dtype)
         save_tokenizer(components.tokenizer, folder / "tokenizer")
+
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config)
         for name, entry in components.extra.items():
@@ -161,6 +170,7 @@ def _model_index(components: Components) -> dict[str, Any]:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+
     if channels == 5:
         index |= {"depth_estimator": nothing, "feature_extractor": nothing}
     else:

@@ -1,4 +1,4 @@
-"""What is in a file: the kind of checkpoint or adapter, its version, sizes and metadata."""
+"""Inspect a file: the kind of checkpoint or adapter, its version, sizes and metadata."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ TELLING = {
 
 
 def inspect_file(path: str | Path) -> dict[str, Any]:
-    """What lies at ``path``: kind, version, numbers of tensors and parameters, dtypes, telling shapes, metadata.
+    """Read a file's or folder's kind, version, counts of tensors and parameters, dtypes, telling shapes and metadata.
 
     Of a safetensors file only the header is read. Raises CheckpointError when it is missing or damaged.
     """
     path = Path(path)
     if path.is_dir():
         return _inspect_folder(path)
+
     existing_file(path)
     if is_safetensors(path):
         header, metadata = read_header(path)
@@ -67,6 +68,7 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
             for key, value in _flat(content.get("state_dict", content))
         }
         metadata = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, str)}
+
     return _describe(entries, metadata)
 
 
@@ -80,12 +82,14 @@ def _describe(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict
     if kind == "textual inversion":
         key, (_, shape) = next(item for item in entries.items() if not item[0].startswith("string_to_token"))
         shapes[f"vectors: {key}"] = shape
+
     width = next(
         (shape[-1] for name, shape in shapes.items() if shape and name.startswith(("context", "vectors"))), None
     )
     channels = next((shape[1] for name, shape in shapes.items() if name.startswith("input") and len(shape) > 1), 4)
     base = BASES.get(metadata.get("ss_base_model_version", ""))
     version = base or (None if width is None else VERSIONS.get((width, channels), f"context width {width}"))
+
     dtypes = sorted({dtype for dtype, _ in entries.values()})
     return {
         "kind": kind.format(version=version or "Stable Diffusion"),
@@ -99,7 +103,7 @@ def _describe(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict
 
 
 def kinds_of_files() -> dict[str, str]:
-    """What files are called here, in the order in which they are tried, and the regular expression of a telling key."""
+    """Kind of file -> regular expression of a key that tells it, in the order in which they are tried."""
     adapters = {name: pattern for kind in adapter_kinds() for name, pattern in kind.files.items()}
     return WHOLE_MODELS | adapters | PARTS_OF_MODELS
 
@@ -131,9 +135,11 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
         parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1:] != [None]}
         version = VERSIONS.get((int(width or 0), int(channels)), f"context width {width}")
         return {"kind": "diffusers folder", "version": version, "pipeline": index.get("_class_name"), "parts": parts}
+
     if (folder / "adapter_config.json").is_file():
         facts = inspect_file(folder / "adapter_model.safetensors")
         return facts | {"config": read_config(folder, "adapter_config.json")}
+
     if (folder / "config.json").is_file():
         config = read_config(folder)
         kind = config.get("_class_name") or next(iter(config.get("architectures") or ["unknown"]))

@@ -36,7 +36,6 @@ LEFT_OUT = {
     "VAE training (loss., model_ema.)": r"first_stage_model\.(loss|model_ema)\..*",
 }
 
-
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
@@ -73,19 +72,22 @@ def unet_map(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
 
 
 def _unet_key(name: str, layers: tuple[int, ...], down: list[int], up: list[int], up_types: tuple[str, ...]) -> str:
-    """``down`` and ``up`` hold the number of each block's first entry in input_blocks and output_blocks."""
+    """A key of `unet_map`; ``down`` and ``up`` hold each block's first entry in input_blocks and output_blocks."""
     for theirs, ours in _UNET_TOP.items():
         if name.startswith(theirs + "."):
             return ours + _resnet_tail(name[len(theirs) :])
+
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(\..+)", name)
     if match is None:
         raise ConfigError(f"UNet key {name} has no name in a single file")
+
     i, kind, j, tail = int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":
         return f"input_blocks.{down[i] + layers[i]}.0.op{tail.removeprefix('.conv')}"
     if kind == "upsamplers":
         last = up[i] + layers[::-1][i]
         return f"output_blocks.{last}.{2 if 'CrossAttn' in up_types[i] else 1}{tail}"
+
     blocks, first = ("input_blocks", down) if match[1] == "down" else ("output_blocks", up)
     return f"{blocks}.{first[i] + j}.{0 if kind == 'resnets' else 1}{_resnet_tail(tail) if kind == 'resnets' else tail}"
 
@@ -129,6 +131,7 @@ def take(state: dict[str, Tensor], names: Mapping[str, str], prefix: str, where:
     missing = [prefix + key for key in names.values() if prefix + re.sub(r"\[\d\]$", "", key) not in state]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} keys missing, the first {missing[0]}")
+
     result = {name: _row(state, prefix + key) for name, key in names.items()}
     for key in names.values():
         state.pop(prefix + re.sub(r"\[\d\]$", "", key), None)
@@ -146,7 +149,7 @@ def _row(state: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def give(state: Mapping[str, Tensor], names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
-    """The inverse of ``take``: tensors under the file's keys."""
+    """The inverse of ``take``: a network's tensors under the file's keys."""
     stacked: dict[str, list[Tensor]] = {}
     result: dict[str, Tensor] = {}
     for name, key in sorted(names.items(), key=lambda item: item[1]):
@@ -166,7 +169,7 @@ def vae_to_single(vae: AutoencoderKL, prefix: str = VAE) -> dict[str, Tensor]:
 
 
 def open_clip_extras(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """What an OpenCLIP text tower has beyond ``layers`` blocks: the last block and the contrastive head.
+    """The tensors of an OpenCLIP text tower beyond ``layers`` blocks: the last block and the contrastive head.
 
     Stable Diffusion 2 reads the output before the last block, so diffusers keeps neither, while A1111 expects both.
     The block is written as the identity (both residual branches zero, norms one), so that a program that runs it
@@ -189,6 +192,7 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
     patterns = LEFT_OUT | {"last text block": rf"cond_stage_model\.model\.transformer\.resblocks\.{layers}\..*"}
     if layers is None:
         patterns = {"VAE training (loss., model_ema.)": r"(first_stage_model\.)?(loss|model_ema)\..*"}
+
     counts: dict[str, int] = {}
     unknown: list[str] = []
     for key in state:
@@ -197,6 +201,7 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
             unknown.append(key)
         else:
             counts[group] = counts.get(group, 0) + 1
+
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(f"{where}: not understood: {', '.join(unknown[:3])}{more}")

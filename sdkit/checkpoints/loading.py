@@ -1,4 +1,4 @@
-"""What a path is, decided here alone: a shipped model's name, a folder or a file; a whole model, or a VAE alone.
+"""Decides, here alone, what a path is: a shipped model's name, a folder or a file; a whole model, or a VAE alone.
 
 A file format is one module of functions and one row in `FORMATS`.
 """
@@ -24,14 +24,14 @@ MODELS = Path(__file__).parents[1] / "models"
 """The models that ship with us, each a diffusers folder."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
-"""Of files that hold weights. We write the first alone."""
+"""Endings of files that hold weights. We write the first alone."""
 
 
 @dataclass(frozen=True)
 class Format:
     """A file format.
 
-    kind: does this format read what `inspect_file` calls so?
+    reads(kind): whether this format reads files of the kind that `inspect_file` says.
     load(path, dtype=None, **options) and save(what, path, dtype=None): Components for a whole model, an AutoencoderKL
         for a VAE. options: the further arguments that ``load`` takes.
     suffix: of what it writes; "" for a folder.
@@ -61,13 +61,13 @@ SINGLE_FILE = Format(
     options=("preset", "prediction_type", "use_ema"),
 )
 FORMATS = (FOLDER, SINGLE_FILE)
-"""Of whole models."""
+"""The formats of whole models."""
 
 VAE_FORMATS = (
     Format("VAE folder", lambda kind: kind.endswith("AutoencoderKL"), load_vae_folder, save_vae_folder),
     Format("VAE file", lambda kind: kind.startswith("VAE"), load_vae_file, save_vae_file, suffix=".safetensors"),
 )
-"""Of VAEs alone."""
+"""The formats of VAEs alone."""
 
 
 def shipped_models() -> list[str]:

@@ -16,7 +16,7 @@ PRESETS = {
     (1024, 9): "sd2_inpaint",
     (1024, 5): "sd2_depth",
 }
-"""By the UNet's context width and input channels."""
+"""The presets by the UNet's context width and input channels."""
 
 ALL_PRESETS = (*PRESETS.values(), "sd2_base")
 

@@ -90,7 +90,7 @@ def read_scheduler_config(values: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
     if name not in scheduler_classes():
         raise ConfigError(f"scheduler config: expected _class_name in {', '.join(scheduler_classes())}, found {name!r}")
 
-    # The file's values over the class's own defaults; what of it a plan cannot do is refused by name.
+    # The file's values over the class's own defaults; those that a plan cannot express are refused by name.
     own = _COMMON | _OF_CLASS.get(name, {})
     merged = own | {key: value for key, value in values.items() if key not in BOOKKEEPING}
     sampler = _sampler(name, merged)
@@ -121,12 +121,12 @@ def read_scheduler_config(values: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
 
 
 def scheduler_classes() -> list[str]:
-    """The classes of diffusers that a sampler of ours does the same as."""
+    """The scheduler classes of diffusers that a sampler of ours corresponds to."""
     return list(dict.fromkeys(sampler.diffusers for sampler in SAMPLERS.values() if sampler.diffusers))
 
 
 def _sampler(name: str, values: Mapping[str, Any]) -> str:
-    """The sampler of a class; where one class is several, that of its algorithm, and of its order if there is one."""
+    """The sampler of a class; where a class is several, that of its algorithm, and of its order if there is one."""
     samplers = [own for own, sampler in SAMPLERS.items() if sampler.diffusers == name]
     algorithm = values.get("algorithm_type")
     same = [own for own in samplers if SAMPLERS[own].algorithm == algorithm] if len(samplers) > 1 else []
@@ -135,7 +135,7 @@ def _sampler(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _usual(sampler: str) -> dict[str, Any]:
-    """What only some samplers take, with this one's default."""
+    """The arguments that only some samplers take, with this one's defaults."""
     spec = SAMPLERS[sampler]
     usual: dict[str, Any] = {"solver_order": spec.orders[0]} if spec.orders else {}
     usual |= {"solver_type": spec.solver_types[0]} if spec.solver_types else {}
@@ -175,6 +175,7 @@ def write_scheduler_config(schedule: NoiseSchedule, defaults: Mapping[str, Any])
     usual = _usual(sampler)
     values |= {key: wanted.get(key, value) for key, value in usual.items()}
     values |= {"algorithm_type": _ALGORITHMS[sampler]} if sampler in _ALGORITHMS else {}
+
     lost = [
         f"{key}={value!r}"
         for key, value in values.items()

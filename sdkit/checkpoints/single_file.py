@@ -75,14 +75,17 @@ def load_single_file(
         raise ConfigError(f"preset: expected one of {', '.join(ALL_PRESETS)}, found {preset!r}")
     if prediction_type not in (None, "epsilon", "v_prediction", "sample"):
         raise ConfigError(f"prediction_type: expected epsilon, v_prediction or sample, found {prediction_type!r}")
+
     state, metadata = read_state(path, dtype)
     where = str(path)
     configs = _choose_configs(state, metadata, preset, prediction_type, where)
+
     unet, vae, text = build_networks(configs["unet"], configs["vae"], configs["text_encoder"], where)
     unet_state = _take_unet(state, unet_map(unet.state_dict(), unet.config), use_ema, where)
     vae_state = take(state, vae_map(vae.state_dict(), len(vae.config.block_out_channels)), VAE, where)
     text_state = _take_text(state, text_state_dict(text), where)
     leftovers(state, where, text.config.num_hidden_layers)
+
     return Components(
         unet=give_weights(unet, unet_state, f"{where}: UNet"),
         vae=give_weights(vae, read_old_attention(vae_state), f"{where}: VAE"),
@@ -90,10 +93,6 @@ def load_single_file(
         tokenizer=_tokenizer(configs.get("tokenizer"), unet.config, where),
         scheduler_config=configs["scheduler"],
     )
-
-
-def _ema_key(key: str) -> str:
-    return EMA + ("diffusion_model." + key).replace(".", "")
 
 
 def _choose_configs(
@@ -109,12 +108,14 @@ def _choose_configs(
         except (ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{where}: the metadata sdkit_config is damaged") from None
         return configs
+
     stated = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
     name = preset or _detect_preset(state, where)
     if name == "sd2" and preset is None and (prediction or stated) == "epsilon":
         name = "sd2_base"
     if name == "sd2" and preset is None and not (prediction or stated):
         logger.warning("%s: its weights do not tell, so it is taken for v_prediction (a 768-v model)", where)
+
     configs = read_preset(name)
     chosen = prediction or (None if preset else stated)
     configs["scheduler"] |= {"prediction_type": chosen} if chosen else {}
@@ -131,6 +132,7 @@ def _detect_preset(state: Mapping[str, Tensor], where: str) -> str:
     first = find("input_blocks.0.0.weight")
     if context is None or first is None or context.ndim < 2 or first.ndim != 4:
         raise CheckpointError(f"{where}: expected a Stable Diffusion 1 or 2 model, found {inspect_file(where)['kind']}")
+
     found = (context.shape[-1], first.shape[1])
     if found not in PRESETS:
         wanted = ", ".join(f"{width} and {channels}" for width, channels in PRESETS)
@@ -140,15 +142,21 @@ def _detect_preset(state: Mapping[str, Tensor], where: str) -> str:
     return PRESETS[found]
 
 
+def _ema_key(key: str) -> str:
+    return EMA + ("diffusion_model." + key).replace(".", "")
+
+
 def _take_unet(state: dict[str, Tensor], names: Mapping[str, str], use_ema: bool, where: str) -> dict[str, Tensor]:
-    """The plain or the averaged weights; the others are moved out as well and named in the log."""
+    """Move the plain or the averaged weights out of ``state``; the others too, and these are named in the log."""
     averaged = {name: _ema_key(key).removeprefix(EMA) for name, key in names.items()}
     has_ema = any(EMA + key in state for key in averaged.values())
     if use_ema and not has_ema:
         raise CheckpointError(f"{where}: use_ema: the file has no averaged weights ({EMA}…)")
+
     has_plain = any(UNET + key in state for key in names.values())
     plain = take(state, names, UNET, where) if has_plain or not has_ema else None
     ema = take(state, averaged, EMA, where) if has_ema else None
+
     if plain is not None and ema is not None:
         logger.info("%s: left out the %s weights of the UNet", where, "plain" if use_ema else "averaged")
     chosen = ema if use_ema or plain is None else plain
@@ -198,14 +206,17 @@ def save_single_file(components: Components, path: str | Path, dtype: torch.dtyp
     check_bare(components, path)
     if components.extra:
         logger.warning("%s: a single file has no place for %s", path, ", ".join(components.extra))
+
     state, config = components.unet.state_dict(), components.unet.config
     tensors = give(state, unet_map(state, config), UNET) | vae_to_single(components.vae)
+
     text = text_state_dict(components.text_encoder)
     if is_sd2(config):
         tensors |= give(text, open_clip_map(text), OPEN_CLIP)
         tensors |= open_clip_extras(tensors, components.text_encoder.config.num_hidden_layers)
     else:
         tensors |= {CLIP + name: tensor for name, tensor in text.items()}
+
     write_state(tensors, path, dtype, _metadata(components, Path(path).stem))
 
 
@@ -219,12 +230,14 @@ def _metadata(components: Components, title: str) -> dict[str, str]:
         "text_encoder": text_config(components.text_encoder),
         "scheduler": components.scheduler_config,
     }
+
     own = components.tokenizer
     if own.get_vocab() != clip_tokenizer(_pad_token(unet)).get_vocab() or own.pad_token_id != _pad_token(unet):
         with tempfile.TemporaryDirectory() as folder:
             save_tokenizer(own, folder)
             files = {name: Path(folder) / name for name in TOKENIZER_FILES}
             configs["tokenizer"] = {n: file.read_text(encoding="utf-8") for n, file in files.items() if file.is_file()}
+
     second = "2-768-v" if prediction == "v_prediction" else "2-512"
     return {
         "sdkit_config": json.dumps(configs),

@@ -19,7 +19,7 @@ from sdkit.files import replacing
 
 
 def read_state(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors or a pickled file, on the CPU, floating-point ones cast to ``dtype``.
+    """Read the tensors and metadata of a safetensors or a pickled file, on the CPU, floating-point ones as ``dtype``.
 
     A pickle's tensors may lie under "state_dict"; it is read with ``weights_only=True``.
     Raises CheckpointError when the file is missing, damaged, of another format, or holds code.
@@ -30,10 +30,12 @@ def read_state(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict
         with reading(path), safe_open(path, framework="pt") as file:
             metadata = cast("dict[str, str]", file.metadata() or {})
             return {key: _cast(file.get_tensor(key), dtype) for key in file.keys()}, metadata  # noqa: SIM118
+
     content = read_pickle(path, "cpu")
     content = content.get("state_dict", content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors under state_dict, found {type(content).__name__}")
+
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors or len(tensors) < len(content):
         found = next((f"{k!r} is a {type(v).__name__}" for k, v in content.items() if k not in tensors), "it is empty")
@@ -88,7 +90,8 @@ def reading(path: Path) -> Generator[None]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """By content: eight bytes of length, then a JSON object. A file that is neither this nor a pickle is refused."""
+    """Whether the content is safetensors (eight bytes of length, then JSON). Raises CheckpointError if it is no pickle
+    either."""
     with reading(path), path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -101,7 +104,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A safetensors header as (entry of each tensor, metadata). Raises CheckpointError when it or the file is cut."""
+    """Read a safetensors header: tensors' entries, and metadata. Raises CheckpointError when it or the file is cut."""
     with reading(path), path.open("rb") as file:
         size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -115,7 +118,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_pickle(path: Path, device: str) -> dict[Any, Any]:
-    """The dict in a pickled file; on the device "meta" without its data."""
+    """Read the dict in a pickled file; on the device "meta" without its data."""
     try:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK" and device == "cpu"
@@ -126,6 +129,7 @@ def read_pickle(path: Path, device: str) -> dict[Any, Any]:
             found = f" ({name[1]})" if name else ""
             raise CheckpointError(f"{path}: the pickle holds code or objects{found}, only tensors are loaded") from None
         raise CheckpointError(f"{path}: damaged or no torch checkpoint: {one_line(error)}") from None
+
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return cast("dict[Any, Any]", content)

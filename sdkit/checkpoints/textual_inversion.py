@@ -43,6 +43,7 @@ def load_textual_inversion(path: str | Path, token: str | None = None, width: in
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (1, 2) or not value.numel():
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise CheckpointError(f"{path}: expected vectors [n, D], found {found}")
+
     vectors = value.detach().reshape(-1, value.shape[-1])
     if width is not None and vectors.shape[1] != width:
         raise CheckpointError(f"{path}: {vectors.shape[1]} wide, the text encoder takes {width} (SD1 768, SD2 1024)")
@@ -59,10 +60,12 @@ def save_textual_inversion(inversion: TextualInversion, path: str | Path) -> Non
     """
     path = Path(path)
     token, vectors = _trigger(inversion.token), inversion.vectors.detach().cpu()
+
     if vectors.dim() != 2:
         raise ConfigError(f"textual inversion {token!r}: expected vectors [n, D], found {list(vectors.shape)}")
     if not bool(vectors.isfinite().all()):
         raise NumericalError(f"textual inversion {token!r}: the vectors are not finite")
+
     if path.suffix == ".safetensors":
         write_state({token: vectors}, path)
     elif path.suffix == ".pt":
@@ -85,23 +88,26 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 
 def _only_entry(path: Path, content: Mapping[Any, Any]) -> tuple[str, Any]:
-    """The trigger by the file's own account, and the vectors."""
+    """The file's own name for the trigger, and the vectors."""
     others = sorted(_OTHER_ENCODERS & content.keys())
     if others:
         raise CheckpointError(
             f"{path}: expected an embedding for the one text encoder of SD1 or SD2, found {', '.join(others)}, "
             "an embedding for SDXL or SD3"
         )
+
     is_a1111 = "string_to_param" in content
     if is_a1111 and content.keys() - _A1111_KEYS:
         unknown = ", ".join(sorted(map(str, content.keys() - _A1111_KEYS)))
         raise CheckpointError(f"{path}: keys that are not understood: {unknown}")
+
     entries: Any = content["string_to_param"] if is_a1111 else content
     entries = dict(entries.items()) if isinstance(entries, nn.ParameterDict) else entries
     if not isinstance(entries, Mapping) or len(cast("Mapping[Any, Any]", entries)) != 1:
         keys = [str(key) for key in entries] if isinstance(entries, Mapping) else []
         found = f"{len(keys)} entries ({', '.join(keys[:3])})" if keys else type(entries).__name__
         raise CheckpointError(f"{path}: expected the vectors of one word, found {found}")
+
     ((key, value),) = cast("Mapping[Any, Any]", entries).items()
     name: Any = content.get("name") if is_a1111 else None if key == "emb_params" else key
     return (name if isinstance(name, str) and name.strip() else path.stem), value

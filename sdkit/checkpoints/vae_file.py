@@ -63,7 +63,7 @@ def save_vae_folder(vae: AutoencoderKL, path: str | Path, *, dtype: torch.dtype 
 
 
 def _build(config: VAEConfig, where: str) -> AutoencoderKL:
-    """On the meta device, waiting for its weights."""
+    """A VAE on the meta device, waiting for its weights."""
     try:
         with torch.device("meta"):
             return AutoencoderKL(config)

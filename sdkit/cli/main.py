@@ -44,6 +44,7 @@ def make_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
     app.callback(invoke_without_command=True)(_root)
     for task in TASKS.values():
         app.command()(picture_command(task, make_pictures))

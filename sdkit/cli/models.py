@@ -31,7 +31,7 @@ class ModelParts:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> ModelParts:
-        """From a picture's metadata."""
+        """Read the parts from a picture's metadata."""
         adapters = {kind.name: facts[kind.name] for kind in adapter_kinds() if kind.name in facts}
         return cls(facts["model"], facts.get("prediction"), facts.get("vae"), adapters, facts.get("embedding", []))
 
@@ -41,7 +41,7 @@ class ModelParts:
         return {"model", "prediction", "vae", "embedding", "files", *(kind.name for kind in adapter_kinds())}
 
     def facts(self) -> dict[str, Any]:
-        """All that there is of it, and the SHA-256 of every file but the model's, which may be large."""
+        """The parts that were given, and the SHA-256 of every file but the model's, which may be large."""
         found = {"model": self.model, "prediction": self.prediction, "vae": self.vae, **self.adapters}
         facts = {name: value for name, value in (found | {"embedding": self.embedding}).items() if value}
 
@@ -52,7 +52,7 @@ class ModelParts:
 
 
 def load_model(parts: ModelParts, device: str | None, dtype: Precision | None, backend: str | None) -> StableDiffusion:
-    """A shipped model, a diffusers folder or a single file, and everything that goes into it."""
+    """Load a shipped model, a diffusers folder or a single file, and everything that goes into it."""
     from sdkit.checkpoints.loading import is_single_file
     from sdkit.devices import find_device
     from sdkit.stable_diffusion import StableDiffusion

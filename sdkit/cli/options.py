@@ -1,7 +1,7 @@
 """The options of the commands that make pictures, and how such a command is made of a task's declaration.
 
 What a task takes is declared in `sdkit.generation.options`, which adapters there are in `sdkit.adapter_kinds`; here
-stand the model's own options, and those of what is written.
+are the model's own options, and those of the files that are written.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Options of what is written."""
+    """Options of the files that are written."""
 
     out: OutOption = "out.png"
     strip: StripOption = False
@@ -80,7 +80,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Given:
-    """What a command that makes pictures was given.
+    """The arguments of a command that makes pictures, sorted.
 
     arguments: those of the task's method, by its names. adapters: FILE:WEIGHT texts, by the name of their kind.
     """
@@ -153,7 +153,7 @@ def _declared(declared: Option, kind: Any = None) -> Any:
 
 
 def _types_of_settings() -> dict[str, Any]:
-    """The types of `Settings`; those that would need torch count as anything, for they have no place here."""
+    """The types of `Settings`; those that would need torch count as Any, as no option has them."""
     heavy = ("Tensor", "Classifier", "Generators", "StepCallback", "PreviewMode")
     return get_type_hints(Settings, localns=dict.fromkeys(heavy, Any))
 

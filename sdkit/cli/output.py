@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is shown and written beside the pictures; ``every`` counts the steps between previews, 0 for none."""
+    """The previews and sheets to show and write beside the pictures; ``every``: steps between previews, 0 for none."""
 
     progress: bool = True
     every: int = 0
@@ -27,7 +27,7 @@ class Watch:
 
 
 def destinations(out: str, count: int) -> list[Path]:
-    """The files to write. Raises ConfigError now, before the work, when they could not be written."""
+    """Choose the files to write. Raises ConfigError, before the work begins, when they could not be written."""
     path = Path(out)
     if path.is_dir() or out.endswith("/"):
         taken = [int(f.name[:4]) for f in path.glob("*.png") if re.fullmatch(r"\d{4}(-.*)?\.png", f.name)]

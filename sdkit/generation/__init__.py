@@ -1,1 +1,1 @@
-"""From what a call of a task asks for to its pictures, and how a picture remembers it."""
+"""From the call of a task to its pictures, and how a picture remembers the call."""

@@ -105,12 +105,13 @@ def _words(request: Request) -> list[list[Word]]:
         embeddings=model.textual_inversions,
         max_length=length,
     )
+
     words = [words_of(text) for text in texts]
     return [words[row] for row in request.rows(len(words), "prompt")]
 
 
 class Run:
-    """The stages of one request, and what they share: batch splitting, the progress bar and what is watched."""
+    """The stages of one request, and what they share: batch splitting, the progress bar, previews and callback."""
 
     def __init__(self, request: Request, conditioning: Conditioning, bar: Any) -> None:
         self.request, self.conditioning, self.bar = request, conditioning, bar
@@ -125,7 +126,7 @@ class Run:
     # Latents
 
     def first_stage(self) -> Tensor:
-        """The task itself; answers its latents after the last step."""
+        """Run the task itself; returns its latents after the last step."""
         request, task, plan = self.request, self.request.task, self.request.plans[0]
         config = request.model.unet.config
         blends = task.mask is not None and config.in_channels == request.model.vae.config.latent_channels
@@ -143,7 +144,7 @@ class Run:
         return self.denoise(plan, plan.start(initial, clean), extra, kept)
 
     def second_stage(self, hires: Hires, latents: Tensor) -> Tensor:
-        """The latents enlarged and worked on again; the noise goes on where the first stage left off."""
+        """Enlarge the latents and work on them again; the noise goes on where the first stage left off."""
         request, plan = self.request, self.request.plans[1]
         clean = hires.enlarge(latents)
         request.noise.shape = (request.batch, clean.shape[1], clean.shape[2], clean.shape[3])
@@ -157,7 +158,7 @@ class Run:
         return given_latents(given, request.noise.shape, request.model.device).to(request.dtype)
 
     def encode(self, pictures: Tensor, sample: bool = True) -> Tensor:
-        """Pictures [N, 3, H, W] in [-1, 1] to latents [B, C, h, w]: a sample of the posterior, or its mean."""
+        """Encode pictures [N, 3, H, W] in [-1, 1] to latents [B, C, h, w]: a sample of the posterior, or its mean."""
         request, vae = self.request, self.request.model.vae
         tile = choose_tile(vae, pictures.shape[2], pictures.shape[3], request.settings.vae_tiling)
         posteriors = self.vae_splitter.run(
@@ -184,14 +185,14 @@ class Run:
         return torch.cat([self.latent_mask(task.mask), self.encode(masked)], dim=1)
 
     def latent_mask(self, mask: Tensor) -> Tensor:
-        """[B, 1, h, w], zeros and ones: the nearest pixel's."""
+        """A mask on the latent grid [B, 1, h, w], zeros and ones: the nearest pixel's."""
         small = F.interpolate(mask, self.request.noise.shape[2:], mode="nearest")
         return self.request.spread(small.to(self.request.dtype), "mask_image")
 
     # The loop
 
     def denoise(self, plan: Plan, first: Tensor, extra: Tensor | None = None, kept: KeptRegion | None = None) -> Tensor:
-        """Run one plan from its first latents; answers the last."""
+        """Run one plan from its first latents; returns the last."""
         predict = Predictor(self.request, plan, self.conditioning, extra, self.unet_splitter)
         on_step = partial(self.on_step, _levels_after(plan), kept)
         return denoise(plan, predict, first, self.request.noise.draw, self.request.settings.guidance, on_step)
@@ -227,7 +228,7 @@ class Run:
     # Pixels
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Decoded, and the kept pixels of a masked picture laid over it as they were: [B, 3, H, W] in [-1, 1]."""
+        """Decode to [B, 3, H, W] in [-1, 1], and lay the kept pixels of a masked picture over it as they were."""
         request, task, vae = self.request, self.request.task, self.request.model.vae
         tiling = request.settings.vae_tiling
         parts = self.vae_splitter.run(lambda part: decode_latents(vae, latents[part], tiling), request.batch)
@@ -243,7 +244,7 @@ class Run:
 
 @dataclass(frozen=True)
 class KeptRegion:
-    """How a UNet that knows no masks is made to keep a part of a picture: after each step it is put back.
+    """Makes a UNet that knows no masks keep a part of a picture: after each step it is put back.
 
     clean, initial [B, C, h, w]: the picture's latents, and the initial noise; mask [B, 1, h, w], 1 where the picture is
     repainted.
@@ -259,13 +260,13 @@ class KeptRegion:
 
 
 def _levels_after(plan: Plan) -> list[list[float]]:
-    """(signal, noise) after each call. Where a sampler ends at some noise, the kept region is the clean picture's."""
+    """(signal, noise) after each call. Even where a sampler ends at some noise, the kept region ends clean."""
     levels: list[list[float]] = plan.levels[1:].tolist()
     return [*levels[:-1], [1.0, 0.0]]
 
 
 class Predictor:
-    """The network call of the loop; everything that does not depend on the latent is computed once, here.
+    """Makes the network calls of the loop; everything that does not depend on the latent is computed once, here.
 
     extra [B, C, h, w]: channels that the UNet sees beside the latents.
     """

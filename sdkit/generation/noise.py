@@ -17,7 +17,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Variation:
-    """The initial noise is moved towards that of another seed: 0 leaves it, 1 arrives there (`slerp`).
+    """Moves the initial noise towards that of another seed: strength 0 leaves it, 1 arrives there (`slerp`).
 
     seed: of the first image, the next has seed + 1; or one for each image; drawn at random when None.
     """
@@ -33,7 +33,7 @@ class Variation:
 
 
 class Noise:
-    """The normals of a batch [B, C, h, w], one image apart from the other.
+    """The normals of a batch [B, C, h, w], drawn for each image by itself.
 
     Each image draws, in this order and only what it needs: the posterior of the picture that it starts from, its
     initial noise, the posterior of the masked picture (UNets of 9 channels), one normal for each stochastic step.
@@ -58,6 +58,7 @@ class Noise:
         self.variation = variation or Variation()
         self.seeds: list[int] = []
         self.variation_seeds: list[int] = []
+
         if generator is None:
             if self.variation.strength > 0:
                 self.variation_seeds = image_seeds(self.variation.seed, shape[0], "variation_seed")
@@ -66,12 +67,14 @@ class Noise:
             self.generators: Generators = [torch.Generator().manual_seed(s) for s in self.seeds]
             self.dtype = torch.float32
             return
+
         if seed is not None:
             raise ConfigError("seed, generator: give one of them, not both")
         if self.variation.strength > 0:
             raise ConfigError("variation_strength, generator: give one of them; variations are of seeds")
         if not isinstance(generator, torch.Generator) and len(generator) != shape[0]:
             raise ConfigError(f"generator: expected one or {shape[0]}, found {len(generator)}")
+
         self.generators, self.dtype = generator, dtype
 
     def initial(self) -> Tensor:
@@ -99,17 +102,19 @@ class Noise:
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """From ``a`` (t = 0) to ``b`` (t = 1) along the sphere, image by image: the angle between [B, ...] grows evenly.
+    """Go from ``a`` (t = 0) to ``b`` (t = 1), both [B, ...], along the sphere, image by image: the angle grows evenly.
 
     Between independent normals, which stand nearly at right angles, the norm stays that of a normal; the straight line
     would lose up to 29 % of it.
     """
     if t in (0, 1):
         return b if t else a
+
     dims = tuple(range(1, a.dim()))
     cosine = (a * b).sum(dims, keepdim=True) / (
         a.square().sum(dims, keepdim=True) * b.square().sum(dims, keepdim=True)
     ).sqrt()
+
     angle = cosine.clamp(-1, 1).acos()
     if bool((angle.sin() < 1e-4).any()):  # the same noise twice
         return torch.lerp(a, b, t)
@@ -122,6 +127,7 @@ def image_seeds(seed: int | Sequence[int] | None, count: int, name: str = "seed"
         entropy = torch.Generator()  # of its own: the global generator is left alone
         entropy.seed()
         return torch.randint(2**32, (count,), generator=entropy).tolist()
+
     try:
         if isinstance(seed, Sequence):
             seeds = [operator.index(s) for s in seed]
@@ -129,6 +135,7 @@ def image_seeds(seed: int | Sequence[int] | None, count: int, name: str = "seed"
             seeds = [operator.index(seed) + i for i in range(count)]
     except TypeError:
         raise ConfigError(f"{name}: expected a whole number, or one for each image; found {seed!r}") from None
+
     if len(seeds) != count:
         raise ConfigError(f"{name}: expected one or {count}, one for each image; found {len(seeds)}")
     if any(not 0 <= s < 2**63 for s in seeds):
@@ -137,7 +144,7 @@ def image_seeds(seed: int | Sequence[int] | None, count: int, name: str = "seed"
 
 
 def given_latents(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The user's own initial noise, checked and on the device."""
+    """Check the user's own initial noise and put it on the device."""
     if tuple(latents.shape) != shape:
         raise ConfigError(f"latents: expected the shape {list(shape)}, found {list(latents.shape)}")
     if not bool(latents.isfinite().all()):

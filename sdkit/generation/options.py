@@ -31,8 +31,8 @@ StepCallback = Callable[
 ]
 
 Remembered = Literal["always", "if changed", "as used"]
-"""Whether a picture's metadata holds an argument: always, unless it has its default, or as what came of it: the size
-that was drawn, the image's own seed."""
+"""Whether a picture's metadata holds an argument: always; unless it has its default; or as the value that came of it:
+the size that was drawn, the image's own seed."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field of `Settings`."""
+    """Declare a field of `Settings`."""
     return field(default=default, metadata={"option": Option(help, **more)})
 
 
@@ -373,7 +373,7 @@ TASKS: Mapping[str, TaskKind] = {
         ),
     )
 }
-"""By the name of the method."""
+"""The tasks by the names of their methods."""
 
 
 # Reading the declarations

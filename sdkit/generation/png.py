@@ -57,6 +57,7 @@ def a1111_parameters(parameters: Mapping[str, Any]) -> str:
     get = parameters.get
     size = f"{get('width')}x{get('height')}" if get("width") and get("height") else None
     sampler = _sampler(get("sampler"))
+
     pairs = {
         "Steps": get("num_inference_steps"),
         "Sampler": sampler,
@@ -76,6 +77,7 @@ def a1111_parameters(parameters: Mapping[str, Any]) -> str:
         "Variation seed strength": get("variation_strength"),
         "Version": f"sdkit {get('version', '')}".strip(),
     }
+
     lines = [str(get("prompt", ""))]
     if get("negative_prompt"):
         lines.append(f"Negative prompt: {get('negative_prompt')}")
@@ -89,6 +91,6 @@ def _sampler(name: Any) -> Any:
 
 
 def _quoted(value: Any) -> str:
-    """As the web UI does: JSON quotes around what would break the list of pairs."""
+    """Quote a value that would break the list of pairs, in JSON's way, as the web UI does."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text

@@ -21,7 +21,7 @@ SHARED = (
 
 
 def facts_of(request: Request, index: int) -> dict[str, Any]:
-    """How image number ``index`` of a batch was made: arguments of its task by their names, and
+    """The facts by which image number ``index`` of a batch was made: arguments of its task by their names, and
 
     task: its method, where that is not text_to_image; files: the SHA-256 of every file that went in; sampler: the one
     used; dtype; version. Values are plain JSON.
@@ -35,7 +35,7 @@ def facts_of(request: Request, index: int) -> dict[str, Any]:
         facts["prompt"] = request.prompts.given[row]
     facts["negative_prompt"] = request.prompts.negatives[row]
 
-    # The settings, and what came of those that the model decides.
+    # The settings, and the values that the model chose where they were left to it.
     facts |= {"height": task.height, "width": task.width, "sampler": request.plans[0].sampler} | settings.facts()
     if noise.seeds and settings.latents is None:
         facts["seed"] = noise.seeds[index]

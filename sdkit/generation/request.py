@@ -1,4 +1,4 @@
-"""What a call of a task asks for, read and checked as a whole before anything is computed."""
+"""A `Request`: all that a call of a task asks for, read and checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdkit.sampling.plan import Plan
 class Request:
     """Everything that decides the pictures of one call.
 
-    plans: of the task, and of its second stage where there is one. noise: where the batch's normals come from.
+    plans: the task's, and that of its second stage where there is one. noise: where the batch's normals come from.
     """
 
     model: DiffusionModel
@@ -42,18 +42,18 @@ class Request:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the latents between the steps: float32, or the model's if that is wider."""
+        """The dtype of the latents between the steps: float32, or the model's if that is wider."""
         return torch.promote_types(self.model.dtype, torch.float32)
 
     def rows(self, count: int, name: str) -> list[int]:
-        """For each image of the batch which of ``count`` things it takes: the same, its prompt's, or its own."""
+        """For each image of the batch, which of ``count`` things it takes: the only one, its prompt's, or its own."""
         if count not in (1, self.prompts.count, self.batch):
             raise ConfigError(f"{name}: expected 1, or {self.prompts.count}, one for each prompt; found {count}")
         each = self.batch // count
         return [i // each for i in range(self.batch)]
 
     def spread(self, tensor: Tensor, name: str) -> Tensor:
-        """A tensor [count, ...] as one [B, ...], on the device."""
+        """Repeat a tensor [count, ...] to one [B, ...] by `rows`, on the device."""
         return tensor.to(self.model.device)[self.rows(len(tensor), name)]
 
 

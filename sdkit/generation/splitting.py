@@ -15,8 +15,8 @@ class BatchSplitter:
     """Calls a network for at most ``size`` images at once; None: for all of them.
 
     Where the GPU's memory does not suffice, the size is halved from then on and the call is made again, with a warning:
-    how much a network needs is found out and not guessed. A computer's own memory gives no such answer, so on a CPU the
-    size is the user's to choose. ``fixed``: keep the size as it is.
+    how much a network needs is found out and not guessed. On a CPU, memory that runs out raises no such error, so there
+    the size is the user's to choose. ``fixed``: keep the size as it is.
     """
 
     def __init__(self, size: int | None, fixed: bool = False) -> None:

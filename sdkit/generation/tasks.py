@@ -1,4 +1,4 @@
-"""The four tasks as data: what sets one apart from the others in the loop that all share."""
+"""The four tasks as data: how one differs from the others in the loop that all share."""
 
 from __future__ import annotations
 
@@ -62,13 +62,15 @@ class Task:
 
 
 def text_task(model: DiffusionModel, settings: Settings, hires: Hires | None) -> Task:
-    """From noise alone, at the size asked for or the model's own."""
+    """The task that starts from noise alone, at the size asked for or the model's own."""
     check_channels(model, "text_to_image", 0)
+
     own: int | tuple[int, int] = model.unet.config.sample_size or 64
     rows, columns = own if isinstance(own, tuple) else (own, own)
     factor = model.vae.config.factor
     height = rows * factor if settings.height is None else settings.height
     width = columns * factor if settings.width is None else settings.width
+
     check_size(width, height, factor)
     return Task("text_to_image", height, width, hires=hires)
 
@@ -76,7 +78,7 @@ def text_task(model: DiffusionModel, settings: Settings, hires: Hires | None) ->
 def image_task(
     model: DiffusionModel, settings: Settings, image: Pictures, strength: float, name: str = "image_to_image"
 ) -> Task:
-    """From pictures."""
+    """The task that starts from pictures."""
     if name == "image_to_image":
         check_channels(model, name, 0)
     picture = read_pictures(image, settings.height, settings.width, model.vae.config.factor)
@@ -87,14 +89,16 @@ def image_task(
 def inpaint_task(
     model: DiffusionModel, settings: Settings, image: Pictures, mask_image: Pictures, strength: float, mask_blur: int
 ) -> Task:
-    """From pictures, in the white parts of masks."""
+    """The task that repaints pictures in the white parts of masks."""
     check_argument("inpaint", "mask_blur", mask_blur)
     check_channels(model, "inpaint", 0, model.vae.config.latent_channels + 1)
+
     task = image_task(model, settings, image, strength, "inpaint")
     mask = read_masks(mask_image, task.height, task.width)
     pictures = len(task.sources["image"])
     if 1 not in (len(mask), pictures) and len(mask) != pictures:
         raise ConfigError(f"mask_image: expected 1, or {pictures} as there are pictures; found {len(mask)}")
+
     return replace(task, mask=mask, mask_blur=mask_blur, sources={**task.sources, "mask_image": paths_of(mask_image)})
 
 
@@ -105,9 +109,10 @@ def depth_task(
     depth_map: DepthSource | Sequence[DepthSource] | None,
     strength: float,
 ) -> Task:
-    """From pictures and their depth, given or estimated."""
+    """The task that starts from pictures and keeps their depth, given or estimated."""
     check_channels(model, "depth_to_image", 1)
     task = image_task(model, settings, image, strength, "depth_to_image")
+
     if depth_map is not None:
         sources = {**task.sources, "depth_map": paths_of(depth_map)}
         return replace(task, depth=read_depth(depth_map), sources=sources)

@@ -1,4 +1,4 @@
-"""Depth for depth2img: maps brought to the latent grid, and their estimation by the checkpoint's own network."""
+"""Depth maps for depth2img: read from pictures, files, arrays and tensors, and brought to the latent grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DepthSource: TypeAlias = Tensor | np.ndarray[Any, Any] | Image.Image | str | os.
 
 
 def depth_channel(depth: Tensor, size: tuple[int, int]) -> Tensor:
-    """Depth maps [N, H, W] of any size and unit to the UNet's fifth channel [N, 1, *size], float32 in [-1, 1].
+    """Turn depth maps [N, H, W] of any size and unit into the UNet's fifth channel [N, 1, *size], float32 in [-1, 1].
 
     Bicubic to the latent grid, then each map's range is stretched to [-1, 1]; a constant map is 0. Larger means nearer,
     as MiDaS and DPT have it.
@@ -32,7 +32,7 @@ def depth_channel(depth: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def read_depth(depth_map: DepthSource | Sequence[DepthSource]) -> Tensor:
-    """Depth maps as a tensor [N, H, W], float32, in their own unit.
+    """Read depth maps as a tensor [N, H, W], float32, in their own unit.
 
     An array or tensor is [H, W], [N, H, W] or [N, 1, H, W]; a Pillow image or a file is a grey picture of 8 or 16 bits,
     or of floats; a colour picture counts by its luminance. A sequence holds maps of one size. Raises ConfigError for
@@ -44,11 +44,13 @@ def read_depth(depth_map: DepthSource | Sequence[DepthSource]) -> Tensor:
             found = ", ".join(f"{m.shape[2]} x {m.shape[1]}" for m in maps) or "none"
             raise ConfigError(f"depth_map: expected maps of one size, found {found}")
         return torch.cat(maps)
+
     if isinstance(depth_map, (str, os.PathLike)):
         depth_map = open_image(depth_map)
     if isinstance(depth_map, Image.Image):
         grey = depth_map if depth_map.mode in ("L", "F") or depth_map.mode.startswith("I") else depth_map.convert("L")
         depth_map = np.asarray(grey)
+
     values = (
         torch.as_tensor(depth_map if isinstance(depth_map, Tensor) else depth_map.astype(np.float32)).detach().float()
     )
@@ -56,6 +58,7 @@ def read_depth(depth_map: DepthSource | Sequence[DepthSource]) -> Tensor:
     if values.dim() == 4 and shape[1] == 1:
         values = values[:, 0]
     values = values[None] if values.dim() == 2 else values
+
     if values.dim() != 3 or 0 in shape:
         raise ConfigError(f"depth_map: expected [H, W], [N, H, W] or [N, 1, H, W], found {shape}")
     if not bool(values.isfinite().all()):

@@ -1,4 +1,4 @@
-"""What the image tasks are given: pictures and masks, one or several, to tensors of one size; and masks at work."""
+"""Pictures and masks for the image tasks, one or several, read as tensors of one size; and soft edges of masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pictures: TypeAlias = ImageSource | Tensor | Sequence[ImageSource | Tensor]
 
 
 def read_pictures(pictures: Pictures, height: int | None, width: int | None, factor: int) -> Tensor:
-    """Pictures as a tensor [N, 3, H, W], float32 in [-1, 1].
+    """Read pictures as a tensor [N, 3, H, W], float32 in [-1, 1].
 
     ``height`` and ``width`` in pixels: resize to this, bicubic and antialiased; both, or none to keep the pictures'
     own size. Raises ConfigError unless that is a multiple of ``factor``, and for pictures of different sizes.
@@ -27,10 +27,12 @@ def read_pictures(pictures: Pictures, height: int | None, width: int | None, fac
     tensors = [to_tensor(one) for one in _each(pictures, "image")]
     if (height is None) != (width is None):
         raise ConfigError("height, width: expected both to resize the picture, or none of them")
+
     if height is not None and width is not None:
         check_size(width, height, factor)
         resized = (F.interpolate(t, (height, width), mode="bicubic", antialias=True) for t in tensors)
         return torch.cat([t.clamp(-1, 1) for t in resized])
+
     sizes = {(t.shape[3], t.shape[2]) for t in tensors}
     if len(sizes) > 1:
         found = ", ".join(f"{w} x {h}" for w, h in sorted(sizes))
@@ -40,12 +42,12 @@ def read_pictures(pictures: Pictures, height: int | None, width: int | None, fac
 
 
 def read_masks(masks: Pictures, height: int, width: int) -> Tensor:
-    """Masks as a tensor [N, 1, height, width], float32, 0 (keep) or 1 (repaint), resized by nearest neighbour."""
+    """Read masks as a tensor [N, 1, height, width], float32, 0 (keep) or 1 (repaint), resized by nearest neighbour."""
     return torch.cat([mask_to_tensor(mask, (height, width)) for mask in _each(masks, "mask_image")])
 
 
 def _each(source: Pictures, name: str) -> list[ImageSource]:
-    """The pictures one by one."""
+    """The pictures of ``source`` one by one; ``name`` is that of the argument in errors."""
     if isinstance(source, Tensor):
         batch = source if source.dim() == 4 else source[None]
         if batch.dim() not in (3, 4) or not batch.is_floating_point():
@@ -53,10 +55,12 @@ def _each(source: Pictures, name: str) -> list[ImageSource]:
             raise ConfigError(f"{name}: expected a tensor of floats [C, H, W] or [N, C, H, W], found {found}")
         arrays = [one.detach().float().cpu().numpy() for one in batch]
         return [array if array.ndim == 2 else array.transpose(1, 2, 0) for array in arrays]
+
     if isinstance(source, Sequence) and not isinstance(source, str):
         if not source:
             raise ConfigError(f"{name}: expected a picture, found an empty list")
         return [picture for one in source for picture in _each(one, name)]
+
     if not isinstance(source, (str, os.PathLike, np.ndarray)) and not hasattr(source, "convert"):
         raise ConfigError(f"{name}: expected a picture, its file, an array or a tensor, found {source!r}")
     return [source]

@@ -1,4 +1,4 @@
-"""Pictures in and out: Pillow images, arrays and files to tensors and back, masks, PNG metadata, contact sheets.
+"""Pictures in and out: Pillow images, arrays and files to tensors and back; masks, sizes and cropping.
 
 Inside the model a picture is a float32 tensor [B, 3, H, W] in [-1, 1]; a mask is [1, 1, H, W] with 1 where the
 picture is to be repainted.
@@ -31,7 +31,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def to_tensor(image: ImageSource) -> torch.Tensor:
-    """A picture as a tensor [1, 3, H, W], float32 in [-1, 1].
+    """Read a picture as a tensor [1, 3, H, W], float32 in [-1, 1].
 
     ``image`` is a Pillow image of any mode, the path of a file, or an array [H, W], [H, W, 1 | 3 | 4] of bool,
     uint8, uint16 or floats in [0, 1]. EXIF orientation is applied, transparency is laid on white, grey becomes
@@ -42,23 +42,25 @@ def to_tensor(image: ImageSource) -> torch.Tensor:
 
 
 def to_pil(images: torch.Tensor, stage: str = "VAE decoder") -> list[Image.Image]:
-    """Tensor [B, 3, H, W] in [-1, 1] (clamped, rounded to 8 bits) to Pillow images.
+    """Turn a tensor [B, 3, H, W] in [-1, 1] (clamped, rounded to 8 bits) into Pillow images.
 
     Raises NumericalError that names ``stage`` when a value is not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ConfigError(f"{stage}: expected pictures [B, 3, H, W], found a tensor {list(images.shape)}")
+
     images = images.detach().float()
     bad = ~torch.isfinite(images)
     if bad.any():
         which = bad.flatten(1).any(1).nonzero().flatten().tolist()
         raise NumericalError(f"{stage}: {int(bad.sum())} of {bad.numel()} values are not finite (pictures {which})")
+
     bytes_ = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def mask_to_tensor(mask: ImageSource, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """A mask as a tensor [1, 1, H, W], float32, exactly 0 (keep) or 1 (repaint: white, or transparent).
+    """Read a mask as a tensor [1, 1, H, W], float32, exactly 0 (keep) or 1 (repaint: white, or transparent).
 
     Grey values from 0.5 on count as 1. ``size`` = (height, width) resizes by nearest neighbour.
     """
@@ -86,7 +88,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _rgb(source: ImageSource) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[H, W, 3] float32 in [0, 1], transparency laid on white."""
+    """A picture as an array [H, W, 3], float32 in [0, 1], transparency laid on white."""
     if isinstance(source, np.ndarray):
         array = _unit_floats(source)
     else:
@@ -97,17 +99,19 @@ def _rgb(source: ImageSource) -> np.ndarray[Any, np.dtype[np.float32]]:
             array = _unit_floats(np.asarray(image))
         else:
             array = _unit_floats(np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
+
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise ConfigError(f"picture: expected an array [H, W] or [H, W, 1 | 3 | 4], found {list(array.shape)}")
+
     if array.shape[2] == 4:
         array = array[:, :, :3] * array[:, :, 3:] + (1 - array[:, :, 3:])
     return np.broadcast_to(array, (*array.shape[:2], 3))
 
 
 def _unit_floats(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Integers by their full range, floats as they are, which must lie in [0, 1]."""
+    """Scale integers by their full range to float32 in [0, 1]; floats must lie there already."""
     if array.dtype == np.bool_:
         return array.astype(np.float32)
     if array.dtype in (np.uint8, np.uint16):

@@ -18,7 +18,7 @@ def grid(
     gap: int = 8,
     font_size: int = 12,
 ) -> Image.Image:
-    """A sheet of pictures, row by row, each with its caption (wrapped to the cell's width) below it.
+    """Lay pictures out on a sheet, row by row, each with its caption (wrapped to the cell's width) below it.
 
     Cells have the size of the largest picture; smaller ones are centred. Raises ConfigError for no picture, or
     when the numbers of captions and pictures differ.
@@ -27,6 +27,7 @@ def grid(
         raise ConfigError(f"grid: expected pictures and columns >= 1, found {len(images)} and {columns}")
     if captions is not None and len(captions) != len(images):
         raise ConfigError(f"grid: {len(captions)} captions for {len(images)} pictures")
+
     columns = min(columns, len(images))
     width, height = max(i.width for i in images), max(i.height for i in images)
     font = ImageFont.load_default(font_size)
@@ -34,10 +35,12 @@ def grid(
     line = round(font_size * 1.35)
     tallest = max(text.count("\n") + 1 if text else 0 for text in texts)
     label = tallest * line + (gap // 2 if tallest else 0)
+
     rows = -(-len(images) // columns)
     cell = (width + gap, height + label + gap)
     sheet = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
+
     for index, (image, text) in enumerate(zip(images, texts, strict=True)):
         x, y = gap + index % columns * cell[0], gap + index // columns * cell[1]
         sheet.paste(image.convert("RGB"), (x + (width - image.width) // 2, y + (height - image.height) // 2))

@@ -1,7 +1,7 @@
 """Attention and the transformer between the UNet's ResNet blocks. Parameter names are diffusers'.
 
-What depends on the prompt alone, the keys and values of its context, is computed apart (``project_context``) and
-handed to ``forward``, so that a sampling loop computes it once.
+The keys and values of the context depend on the prompt alone. They are computed apart (``project_context``) and handed
+to ``forward``, so that a sampling loop computes them once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.is_cross = context_width is not None
-        # Takes the probabilities [B, N, M] of every call while a cross-attention is watched (sdkit.attention_maps).
+        # Takes a cross-attention's probabilities [B, N, M] at each call while `sdkit.viewing.attention_maps` watches.
         self.recorder: Callable[[Tensor], None] | None = None
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width or width, width, bias=False)
@@ -42,6 +42,7 @@ class Attention(nn.Module):
         # The fused block gives no probabilities, and no room to adapters in the place of the linear layers.
         if context is not None and self.recorder is None and type(to_q) is nn.Linear and type(to_out) is nn.Linear:
             return sdkernels.cross_attention_block(x, to_q.weight, *context, to_out.weight, to_out.bias)
+
         q = self._split(to_q(x))
         if context is None:
             out = sdkernels.self_attention(q, *self.key_value(x))
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         else:
             out, probabilities = sdkernels.cross_attention(q, *context, probabilities=True)
             self.recorder(probabilities)
+
         return to_out(out.flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -129,6 +131,7 @@ class Transformer2DModel(nn.Module):
             h = self.proj_in(_tokens(h))
         else:
             h = _tokens(self.proj_in(h))
+
         for block in self.transformer_blocks:
             h = block(h, remaining)
         if self.linear:

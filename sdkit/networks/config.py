@@ -1,4 +1,4 @@
-"""Frozen configurations of the networks and the scheduler, read from and written to diffusers' JSON.
+"""Frozen configurations of the UNet and the VAE, read from and written to diffusers' JSON.
 
 Every key of a file is accounted for: it is a field here, or it is one of diffusers' switches that must
 stand at the value that makes it do nothing (``INERT``), or the file is refused and the key is named.

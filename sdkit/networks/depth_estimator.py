@@ -32,6 +32,7 @@ class DepthEstimator:
         folder, kind = (str(parts["depth_estimator"][key]) for key in ("path", "class"))
         if kind != "DPTForDepthEstimation":
             raise CheckpointError(f"{folder}: expected DPTForDepthEstimation, found {kind}")
+
         # transformers 5 has the Pillow form under a name of its own; the other one needs torchvision.
         processor: Any = getattr(transformers, "DPTImageProcessorPil", transformers.DPTImageProcessor)
         try:
@@ -40,6 +41,7 @@ class DepthEstimator:
             network, info = load(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # transformers raises errors of many classes for damaged folders
             raise CheckpointError(f"{Path(folder).parent}: not a depth estimator ({one_line(error)})") from None
+
         if absent := sorted(key for key in info["missing_keys"] if not key.startswith(UNUSED)):
             raise CheckpointError(f"{folder}: {len(absent)} missing keys, the first {absent[0]}")
         self.network: Any = network.eval()

@@ -34,6 +34,7 @@ def build_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
         raise ConfigError(f"text encoder config: expected model_type clip_text_model, found {kind!r}")
     if config.get("use_attention_mask"):
         raise ConfigError("text encoder config: use_attention_mask=True is not supported; CLIP is run without a mask")
+
     try:
         return CLIPTextModel(CLIPTextConfig(**config)).eval()
     except Exception as error:  # transformers checks values in classes of errors that differ between versions
@@ -56,12 +57,14 @@ def load_text_state(model: CLIPTextModel, state: Mapping[str, Tensor]) -> dict[s
             raise CheckpointError(f"text encoder: {name} is there twice, with and without the prefix {_PREFIX}")
         if name != "embeddings.position_ids":
             given[name] = tensor
+
     unused = {_UNUSED: given.pop(_UNUSED)} if _UNUSED in given else {}
     shapes = [
         f"{name} is {list(given[name].shape)} where {list(value.shape)} is expected"
         for name, (_, value) in target.items()
         if name in given and given[name].shape != value.shape
     ]
+
     problems = [
         f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for what, names in (
@@ -73,6 +76,7 @@ def load_text_state(model: CLIPTextModel, state: Mapping[str, Tensor]) -> dict[s
     ]
     if problems:
         raise CheckpointError(f"text encoder: {'; '.join(problems)}")
+
     on_meta = model.device.type == "meta"
     model.load_state_dict({target[name][0]: tensor for name, tensor in given.items()}, assign=on_meta)
     if on_meta:  # position_ids is no weight, so it is made here

@@ -35,10 +35,11 @@ ContextKeyValues = list[list[KeyValue]]
 
 
 def _transformer(config: UNetConfig, level: int, width: int, middle: bool = False) -> Transformer2DModel:
-    """A transformer as the down block ``level`` has them."""
+    """A transformer as in the down block ``level``."""
     heads = config.heads[level]
     if width % heads:
         raise ConfigError(f"UNet config: {width} channels do not divide into {heads} attention heads")
+
     return Transformer2DModel(
         width,
         heads,
@@ -57,6 +58,7 @@ class DownBlock(nn.Module):
         super().__init__()
         widths = config.block_out_channels
         width, layers = widths[level], config.per_block(config.layers_per_block)[level]
+
         self.resnets = nn.ModuleList(
             ResnetBlock2D(
                 widths[max(level - 1, 0)] if j == 0 else width,
@@ -68,11 +70,12 @@ class DownBlock(nn.Module):
             for j in range(layers)
         )
         self.attentions = nn.ModuleList(_transformer(config, level, width) for _ in range(layers if attention else 0))
+
         last = level == len(widths) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample2D(width, config.downsample_padding)])
 
     def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]) -> list[Tensor]:
-        """Every output along the way, for the skip connections; the last is the block's own."""
+        """Returns every output along the way, for the skip connections; the last is the block's own."""
         outputs: list[Tensor] = []
         for j, resnet in enumerate(self.resnets):
             x = resnet(x, next(times))
@@ -112,6 +115,7 @@ class UpBlock(nn.Module):
         width, layers = widths[level], config.per_block(config.layers_per_block)[level] + 1
         below = widths[min(level + 1, len(widths) - 1)]
         skip_of_last = widths[max(level - 1, 0)]
+
         self.resnets = nn.ModuleList(
             ResnetBlock2D(
                 (below if j == 0 else width) + (skip_of_last if j == layers - 1 else width),
@@ -147,6 +151,7 @@ class UNet2DConditionModel(nn.Module):
         down, mid, up = _attention_flags(config)
         width = config.block_out_channels[0]
         time_width = 4 * width
+
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.time_embedding = TimestepEmbedding(width, time_width)
         self.down_blocks = nn.ModuleList(DownBlock(config, i, time_width, flag) for i, flag in enumerate(down))
@@ -207,6 +212,7 @@ class UNet2DConditionModel(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], times, contexts)
+
         x = skips[-1]
         if self.mid_block is not None:
             x = self.mid_block(x, times, contexts)
@@ -224,6 +230,7 @@ def _attention_flags(config: UNetConfig) -> tuple[list[bool], bool | None, list[
     down_names = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
     mid_names = {None: None, "UNetMidBlock2D": False, "UNetMidBlock2DCrossAttn": True}
     up_names = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
     count = len(config.block_out_channels)
     for key, names in (("down_block_types", down_names), ("up_block_types", up_names)):
         types = getattr(config, key)
@@ -231,5 +238,6 @@ def _attention_flags(config: UNetConfig) -> tuple[list[bool], bool | None, list[
             raise ConfigError(f"UNet config: {key} must be {count} of {', '.join(names)}; found {types}")
     if config.mid_block_type not in mid_names:
         raise ConfigError(f"UNet config: mid_block_type {config.mid_block_type!r} is not supported")
+
     down = [down_names[name] for name in config.down_block_types]
     return down, mid_names[config.mid_block_type], [up_names[name] for name in config.up_block_types]

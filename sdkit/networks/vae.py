@@ -94,24 +94,6 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(x).mode())
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None) -> Tensor:
-    """Pixels [B, 3, f h, f w], float32 or wider, about [-1, 1], of latents in the noise predictor's scale.
-
-    ``tiling``: tile by tile or not; None: where a picture would not fit in the free memory (`choose_tile`).
-    A float16 VAE that overflows decodes again in float32, with a warning. Values may still be non-finite.
-    """
-    z = latents / vae.config.scaling_factor
-    tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
-    pixels = vae.decode(z.to(vae.device, vae.dtype), tile)
-    if vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
-        warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=2)
-        try:
-            pixels = vae.float().decode(z.to(vae.device, torch.float32), tile)
-        finally:
-            vae.half()
-    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-
-
 def _read(config: VAEConfig | Mapping[str, Any] | str | Path) -> VAEConfig:
     if isinstance(config, VAEConfig):
         return config
@@ -130,6 +112,26 @@ def _checked(config: VAEConfig) -> VAEConfig:
     return config
 
 
+def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None) -> Tensor:
+    """Decode latents in the noise predictor's scale to pixels [B, 3, f h, f w], float32 or wider, about [-1, 1].
+
+    ``tiling``: whether to work tile by tile; None: where a picture would not fit in the free memory (`choose_tile`).
+    A float16 VAE that overflows decodes again in float32, with a warning. Values may still be non-finite.
+    """
+    z = latents / vae.config.scaling_factor
+    tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
+    pixels = vae.decode(z.to(vae.device, vae.dtype), tile)
+
+    if vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
+        warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=2)
+        try:
+            pixels = vae.float().decode(z.to(vae.device, torch.float32), tile)
+        finally:
+            vae.half()
+
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+
+
 def choose_tile(
     vae: AutoencoderKL, height: int, width: int, tiling: bool | None = None, budget: int | None = None
 ) -> int | None:
@@ -145,10 +147,10 @@ def choose_tile(
 
 
 def untiled_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """The activations that one picture of height x width pixels holds at the most, encoded or decoded as a whole.
+    """The most bytes of activations that one picture of height x width pixels takes, encoded or decoded as a whole.
 
-    At a level's first norm that is its input, in the decoder as wide as the level below, and twice that more: normed,
-    and that with SiLU. At later norms it is the input still, and four maps of the level's own width.
+    At a level's first norm these are its input, in the decoder as wide as the level below, and two maps as wide:
+    normed, and normed with SiLU. At later norms they are still the input, and four maps of the level's own width.
     """
     widths = config.block_out_channels
     levels = enumerate(zip((*widths[1:], widths[-1]), widths, strict=True))
@@ -157,10 +159,11 @@ def untiled_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory, on a GPU with what PyTorch's cache holds of it; infinite where no one tells."""
+    """Free memory, on a GPU with what PyTorch's cache holds of it; infinite where the system does not tell."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return math.inf

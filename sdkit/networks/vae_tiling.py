@@ -1,16 +1,16 @@
 """Pictures too large for memory: the VAE works tile by tile, and its result is that of the whole picture.
 
-What makes tiles show is GroupNorm: its mean and variance are the whole picture's, and a tile normed by its own has
-other colours. So tiles are normed by the picture's statistics here, and these are found exactly. A stage is what lies
-between two changes of resolution. For each norm of a stage in turn, every tile runs up to it, through norms that are
-known by then, and the tiles' statistics are pooled; at last every tile runs to the stage's end. A tile comes with a
-margin as wide as the stage's convolutions reach, which is cut off in the end. Nothing is blended, nothing lost but
-rounding.
+Tiles would show because of GroupNorm: its mean and variance are the whole picture's, and a tile normed by its own has
+other colours. So tiles are normed by the picture's statistics here, which are computed exactly. A stage is the layers
+between two changes of resolution. For each norm of a stage in turn, every tile runs up to it, through the norms whose
+statistics are known by then, and the tiles' statistics are pooled; at last every tile runs to the stage's end. A tile
+comes with a margin as wide as the stage's convolutions reach, which is cut off in the end. Nothing is blended, and the
+result differs by rounding alone.
 
 The price is work: a stage of n norms runs n + 1 times, each time a little further. The gain is memory: the whole
-picture is held as it enters a stage and as it leaves, at the lower resolution; all else is one tile's. The layers at
-the latents' own resolution take the picture as a whole. Attention is among them, and needs no slices: its kernels never
-hold its matrix.
+picture is held as it enters a stage and as it leaves, at the lower resolution; everything else is one tile's. The
+layers at the latents' own resolution take the picture as a whole. Attention is among them, and needs no slices: its
+kernels never hold its matrix.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ TILE = 64
 def decode_tiled(decoder: Decoder, z: Tensor, tile: int = TILE) -> Tensor:
     """``decoder(z)`` for z [B, C, h, w], one picture after the other, in tiles of at most ``tile`` latent cells.
 
-    A picture no larger than a tile goes through the decoder as ever, and so does one that the VAE only keeps at one
-    resolution. No gradients. Raises ConfigError for a bad tile.
+    A picture no larger than a tile goes through the decoder as a whole, and so does every picture of a VAE with a
+    single resolution. No gradients. Raises ConfigError for a bad tile.
     """
     check_count("tile", tile)
     return torch.cat([_decode(decoder, picture, tile) for picture in z.split(1)])
@@ -48,7 +48,7 @@ def decode_tiled(decoder: Decoder, z: Tensor, tile: int = TILE) -> Tensor:
 def encode_tiled(encoder: Encoder, x: Tensor, tile: int = TILE) -> Tensor:
     """``encoder(x)`` for pixels x [B, C, H, W], one picture after the other, in tiles of at most ``tile`` latent cells.
 
-    A picture no larger than a tile goes through the encoder as ever. No gradients. Raises ConfigError for a bad tile
+    A picture no larger than a tile goes through the encoder as a whole. No gradients. Raises ConfigError for a bad tile
     and for sides that are no multiples of the VAE's factor.
     """
     check_count("tile", tile)
@@ -63,9 +63,11 @@ def _decode(decoder: Decoder, z: Tensor, tile: int) -> Tensor:
     blocks = [cast("DecoderBlock", block) for block in decoder.up_blocks]
     if max(cells) <= tile or len(blocks) == 1:
         return decoder(z)
+
     x = decoder.mid_block(decoder.conv_in(z))
     for resnet in blocks[0].resnets:
         x = resnet(x)
+
     for before, block in pairwise(blocks):
         layers = [*before.upsamplers, *block.resnets]
         if block is blocks[-1]:
@@ -79,6 +81,7 @@ def _encode(encoder: Encoder, x: Tensor, tile: int, factor: int) -> Tensor:
     cells = x.shape[2] // factor, x.shape[3] // factor
     if max(cells) <= tile or factor == 1:
         return encoder(x)
+
     *blocks, last = [cast("EncoderBlock", block) for block in encoder.down_blocks]
     for block in blocks:
         layers = [*block.resnets, *block.downsamplers]
@@ -86,12 +89,13 @@ def _encode(encoder: Encoder, x: Tensor, tile: int, factor: int) -> Tensor:
             layers.insert(0, encoder.conv_in)
         margin = 2 * math.ceil(_reach(layers) / 2)  # even, to keep in step with the stride of 2
         x = _in_tiles(layers, x, cells, tile, margin)
+
     x = encoder.mid_block(last(x))
     return encoder.conv_out(encoder.conv_norm_out(x, "silu"))
 
 
 def _reach(layers: Sequence[nn.Module]) -> int:
-    """How far a value sees through the layers' convolutions: a cell for each."""
+    """How many cells away a value still counts, through the layers' convolutions: one for each."""
     return sum(2 if isinstance(layer, ResnetBlock2D) else 0 if isinstance(layer, GroupNorm) else 1 for layer in layers)
 
 
@@ -124,11 +128,12 @@ def _spans(size: int, cells: int, tile: int, margin: int) -> list[Span]:
 
 
 def _in_tiles(layers: Sequence[nn.Module], x: Tensor, cells: tuple[int, int], tile: int, margin: int) -> Tensor:
-    """What the layers make of a picture's map x [1, C, h, w]; ``cells`` are its height and width in the latents."""
+    """Run the layers over a map x [1, C, h, w], tile by tile; ``cells``: the picture's height and width in latents."""
     rows, columns = (_spans(size, n, tile, margin) for size, n in zip(x.shape[2:], cells, strict=True))
     known: list[Moments] = []
     for _ in range(_norms(layers)):
         known.append(_pooled([_moments(*_run(layers, x, row, column, known)) for row in rows for column in columns]))
+
     out: Tensor | None = None
     for row in rows:
         for column in columns:
@@ -138,6 +143,7 @@ def _in_tiles(layers: Sequence[nn.Module], x: Tensor, cells: tuple[int, int], ti
                 sides = x.shape[2] * height // rows[0].last, x.shape[3] * width // columns[0].last
                 out = core.new_empty(1, core.shape[1], *sides)
             out[:, :, row.place(height), column.place(width)] = core
+
     assert out is not None
     return out
 
@@ -145,8 +151,8 @@ def _in_tiles(layers: Sequence[nn.Module], x: Tensor, cells: tuple[int, int], ti
 def _run(
     layers: Sequence[nn.Module], x: Tensor, row: Span, column: Span, known: Sequence[Moments]
 ) -> tuple[GroupNorm | None, Tensor]:
-    """A tile of x through the norms that are known, without its margins: the next norm and its input [1, C, h, w], or
-    None and the layers' output."""
+    """Run a tile of x through the norms whose moments are ``known`` and cut off its margins: returns the next norm and
+    its input [1, C, h, w], or None and the layers' output."""
     steps = _steps(layers, x[:, :, row.start : row.stop, column.start : column.stop])
     norm, y = next(steps)
     for moments in known:
@@ -171,7 +177,7 @@ def _moments(norm: GroupNorm | None, x: Tensor) -> Moments:
 
 
 def _pooled(parts: Sequence[Moments]) -> Moments:
-    """The moments of all parts together: variance is that within parts, and that between their means."""
+    """The moments of all parts together: the variance is that within the parts plus that between their means."""
     cells = sum(part.cells for part in parts)
     share = parts[0].mean.new_tensor([part.cells / cells for part in parts])[:, None]
     means, variances = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
@@ -180,7 +186,7 @@ def _pooled(parts: Sequence[Moments]) -> Moments:
 
 
 def _steps(layers: Sequence[nn.Module], x: Tensor) -> Generator[tuple[GroupNorm | None, Tensor], Tensor, None]:
-    """Yield each norm with its input, and be sent what it makes of that with SiLU; last, yield the layers' output."""
+    """Yield each norm with its input and be sent the input normed, with SiLU; last, yield the layers' output."""
     for layer in layers:
         if isinstance(layer, ResnetBlock2D):
             y = layer.conv1((yield layer.norm1, x))

@@ -48,6 +48,7 @@ def parse_weights(prompt: str) -> list[Segment]:
             literal = token[1:] if token[0] == "\\" else token
             first, *rest = re.split(r"\s*\bBREAK\b\s*", literal)
             pieces += [(first, 1.0), *(piece for text in rest for piece in (BREAK, (text, 1.0)))]
+
     for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
         while opened[bracket]:
             close(bracket, factor)

@@ -45,6 +45,7 @@ def encode_prompts(
     layers = int(text_encoder.config.num_hidden_layers)
     if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip < layers:  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
         raise ConfigError(f"clip_skip: expected an integer from 0 to {layers - 1}, found {clip_skip!r}")
+
     _check_prompts("prompt", prompts)
     groups = [prompts]
     if negative_prompts is not None:
@@ -57,6 +58,7 @@ def encode_prompts(
     tokens_of = partial(prompt_tokens, tokenizer, weighted=weighted, embeddings=embeddings, max_length=length)
     chunks = [[tokens_of(prompt) for prompt in group] for group in groups]
     _check_widths(embeddings or {}, int(text_encoder.config.hidden_size))
+
     count = max(len(prompt) for group in chunks for prompt in group)
     tokens = [[_pad(tokenizer, prompt, count, length) for prompt in group] for group in chunks]
     contexts = [_encode(text_encoder, group, length, clip_skip) for group in tokens]
@@ -95,8 +97,10 @@ def _encode(text_encoder: CLIPTextModel, prompts: list[list[PromptToken]], lengt
     highest, vocabulary = int(ids.max()), int(text_encoder.config.vocab_size)
     if highest >= vocabulary:
         raise ConfigError(f"the tokenizer gives token {highest}, the text encoder takes only {vocabulary}")
+
     with _vectors_in_place(text_encoder, [token.vector for prompt in prompts for token in prompt]):
         output = text_encoder(ids.view(-1, length).to(text_encoder.device), output_hidden_states=clip_skip > 0)
+
     hidden: Tensor = output.last_hidden_state
     if clip_skip:
         hidden = inner_model(text_encoder).final_layer_norm(output.hidden_states[-(clip_skip + 1)])
@@ -108,7 +112,7 @@ def _encode(text_encoder: CLIPTextModel, prompts: list[list[PromptToken]], lengt
 def _vectors_in_place(text_encoder: CLIPTextModel, vectors: list[Tensor | None]) -> Generator[None]:
     """Let the encoder's embedding layer give these vectors [D] where they are not None, for its tokens in order.
 
-    The layer is changed while this lasts alone: what is saved of the encoder, and its tokenizer, stay as they are.
+    The layer is changed only while this lasts: the encoder as it is saved, and its tokenizer, stay as they are.
     A compiled encoder does not look for hooks again, so it runs eagerly.
     """
     given = [(i, vector) for i, vector in enumerate(vectors) if vector is not None]

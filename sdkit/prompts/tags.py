@@ -50,7 +50,7 @@ def split_extra_networks(prompt: str) -> tuple[str, list[ExtraNetwork]]:
 
 
 def _tag() -> re.Pattern[str]:
-    """Of every kind that there is now."""
+    """The pattern of a tag, of any kind that is registered now."""
     kinds = {*WEB_UI, *(kind.tag.lower() for kind in adapter_kinds())}
     return re.compile(
         rf"<(?P<kind>{'|'.join(map(re.escape, sorted(kinds)))}):(?P<rest>[^<>]*)(?P<end>>?)", re.IGNORECASE

@@ -30,11 +30,13 @@ def clip_tokenizer(pad_token_id: int = 49407) -> CLIPTokenizer:
     words = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges), _START, _END]
     if pad_token_id not in (0, 49407):
         raise ConfigError(f"pad_token_id: expected 49407 (SD1) or 0 (SD2), found {pad_token_id!r}")
+
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": words[pad_token_id]}
     with tempfile.TemporaryDirectory() as folder:
         vocab = {word: i for i, word in enumerate(words)}
         _write_tokenizer(Path(folder), vocab, merges, special | {"model_max_length": 77}, special)
         tokenizer = load_tokenizer(folder)
+
     tokenizer.name_or_path = ""
     return tokenizer
 
@@ -49,10 +51,12 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: no tokenizer here, missing {' and '.join(missing)} (or tokenizer.json)")
+
     import transformers
 
     # Before transformers 5, CLIPTokenizer was another, slower class that read no tokenizer.json.
     kind: Any = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
+
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
         absent = [name for name in ("bos", "eos", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
@@ -72,6 +76,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
         slow: Any = tokenizer
         slow.save_pretrained(str(folder))
         return
+
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     special = {f"{name}_token": str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
@@ -81,6 +86,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
         for index, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     config = special | {"model_max_length": max_length(tokenizer), "added_tokens_decoder": added}
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     _write_tokenizer(Path(folder), model["vocab"], merges, config, special)
 

@@ -56,10 +56,12 @@ def prompt_tokens(
     size = (max_length or int(tokenizer.model_max_length)) - 2
     chunks: list[list[PromptToken]] = [[]]
     word_index = 0
+
     for segment in parse_weights(prompt) if weighted else [(prompt, 1.0)]:
         if segment is BREAK:
             chunks.append([])
             continue
+
         text, weight = segment
         for word, ids, vectors in _words(tokenizer, text, embeddings or {}):
             if vectors and len(ids) <= size < len(chunks[-1]) + len(ids):
@@ -106,7 +108,7 @@ def _whole(name: str) -> str:
 
 
 def _plain_words(tokenizer: Any, text: str) -> Iterator[tuple[str, list[int], list[Tensor]]]:
-    """CLIP marks the token that ends a word with </w>; a token that was added to the vocabulary is a word."""
+    """The words of a text without triggers: CLIP marks a word's last token with </w>; an added token is a word."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False).input_ids
     pieces: list[str] = tokenizer.convert_ids_to_tokens(ids)
     added = tokenizer.added_tokens_decoder
@@ -124,6 +126,7 @@ def _check_embeddings(embeddings: Mapping[str, Tensor]) -> None:
         if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not len(vectors):  # pyright: ignore[reportUnnecessaryIsInstance]
             found = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"embeddings: {name!r}: expected vectors [n, D], found {found}")
+
     lower = [" ".join(name.lower().split()) for name in embeddings]
     if len(set(lower)) < len(lower):
         twice = sorted(name for name, low in zip(embeddings, lower, strict=True) if lower.count(low) > 1)

@@ -64,6 +64,7 @@ class Guidance:
             low, high = pair
             ok = is_number(low, 0) and (high == math.inf or is_number(high, low)) and low < high
             expect(ok, "guidance_interval", "two noise levels, 0 <= low < high", self.interval)
+
         self._check_clipping()
         self._check_classifier()
 
@@ -78,6 +79,7 @@ class Guidance:
         expect(
             limit is None or (is_number(limit, 0) and limit > 0), "clip_sample_range", "a finite number above 0", limit
         )
+
         if top is not None:
             least = self.clip_range
             expect(fraction is not None, "sample_max_value", "None without dynamic_threshold", top)
@@ -90,6 +92,7 @@ class Guidance:
             expect(labels is None, "class_labels", "None without classifier", labels)
             return
         expect(callable(self.classifier), "classifier", "a function of (x_t, t)", self.classifier)
+
         values = labels.tolist() if isinstance(labels, Tensor) else labels
         ok = isinstance(values, Sequence) and all(type(v) is int and v >= 0 for v in values)
         expect(ok, "class_labels", "a class number for each image", labels)
@@ -154,6 +157,7 @@ def guide(
     prediction = combine(uncond, cond, guidance.scale)
     if guidance.rescale > 0 and uncond is not None and cond is not None:
         prediction = rescale(prediction, cond, guidance.rescale)
+
     unit = Level(level.signal / level.scale, level.noise / level.scale)
     x0, eps = unit.estimates(prediction_type, *basis(1)[:2])
     if guidance.classifier is not None and guidance.needs_classifier:
@@ -165,6 +169,7 @@ def guide(
             )
         gradient = classifier_gradient(guidance.classifier, x_in, t, guidance.class_labels or ())
         prediction = _changed(prediction, x_in, eps, lambda eps: classifier_guidance(eps, gradient, acp, scale))
+
     if guidance.clip_range < math.inf:
         args = guidance.clip_range, guidance.dynamic_threshold, guidance.sample_max_value
         prediction = _changed(prediction, x_in, x0, lambda x0: threshold(x0, *args))
@@ -172,7 +177,7 @@ def guide(
 
 
 def _changed(prediction: Tensor, x_in: Tensor, row: Array, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The prediction for which row[0] x_in + row[1] prediction is changed so."""
+    """The prediction for which the value row[0] x_in + row[1] prediction becomes ``change(value)``."""
     of_x, of_prediction = row[:2].tolist()
     value = of_x * x_in + of_prediction * prediction
     return prediction + (change(value) - value) / of_prediction
@@ -222,6 +227,7 @@ def classifier_gradient(classifier: Classifier, x_t: Tensor, t: float, labels: S
     index = [int(label) for label in labels]
     if len(index) != len(x_t):
         raise ConfigError(f"class_labels: expected {len(x_t)}, one for each image, found {len(index)}")
+
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.detach().clone().requires_grad_()
         logits = classifier(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
@@ -231,6 +237,7 @@ def classifier_gradient(classifier: Classifier, x_t: Tensor, t: float, labels: S
             raise ConfigError(f"class_labels: expected 0 to {logits.shape[1] - 1}, found {index}")
         if not logits.requires_grad:
             raise ConfigError("classifier: expected an answer with a gradient, found one detached from x_t")
+
         log_p = logits.to(x.dtype).log_softmax(1)[torch.arange(len(x)), index]
         return torch.autograd.grad(log_p.sum(), x)[0]
 

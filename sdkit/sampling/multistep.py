@@ -1,4 +1,4 @@
-"""The samplers that look back: their registers hold what earlier calls said.
+"""The samplers that look back: their registers hold the results of earlier calls.
 
 They are written as those of `single_step`, whose docstring says how; the table of their rows stands at the end.
 """
@@ -25,6 +25,7 @@ def pndm(steps: Steps) -> Iterator[Call]:
     for i in range(steps.num_steps):
         now, after = steps.levels[i], steps.levels[i + 1]
         x0, eps = steps.estimates(i, x, prediction)
+
         slope = eps
         if i == 1:
             slope = (3 * eps - e1) / 2
@@ -34,6 +35,7 @@ def pndm(steps: Steps) -> Iterator[Call]:
             slope = (55 * eps - 59 * e1 + 37 * e2 - 9 * e3) / 24
         latent = after.signal * x0 + after.noise * eps if i == 0 else _along(x, slope, now, after)
         yield steps.call(i, [latent, x, eps, e1, e2], x0)
+
         if i == 0 and steps.num_steps > 1 and now.signal > 0:  # without signal there is no x0 to hold on to
             x0, eps = steps.estimates(1, x, prediction)
             yield steps.call(1, [_along(start, (e1 + eps) / 2, now, after), start, e1, e2, e3], x0)
@@ -55,10 +57,12 @@ def lms(steps: Steps) -> Iterator[Call]:
         known = [sigmas[i - j] for j in range(order)]
         nodes, weights = np.polynomial.legendre.leggauss(2)  # exact to degree 3
         middle, half = (sigmas[i + 1] + sigmas[i]) / 2, (sigmas[i + 1] - sigmas[i]) / 2
+
         step = np.zeros_like(x)
         for j, slope in enumerate([eps, *old][:order]):
             lagrange = np.prod([(middle + half * nodes - s) / (known[j] - s) for s in known if s != known[j]], axis=0)
             step = step + half * np.sum(weights * lagrange) * slope
+
         yield steps.call(i, [x + step, *[eps, *old][: len(old)]], x0)
 
 
@@ -74,6 +78,7 @@ def dpmpp(steps: Steps, sde: bool = False) -> Iterator[Call]:
         x0, _ = steps.estimates(i, x, prediction)
         short = steps.num_inference_steps < 15
         order = min(steps.order, i + 1, left if short else 3, 1 if left == 1 and after.noise == 0 else 3)
+
         h = after.log_snr - now.log_snr
         g = 2 * h if sde else h
         target = -math.expm1(-g) * x0 + _curvature(steps, i, order, g, [x0, *old])
@@ -83,13 +88,15 @@ def dpmpp(steps: Steps, sde: bool = False) -> Iterator[Call]:
 
 
 def _curvature(steps: Steps, i: int, order: int, g: float, known: list[Array]) -> Array:
-    """What the differences between the estimates of x0 at points i, i - 1, ... add to DPM-Solver++'s target; ``g`` is
-    the step in log SNR, twice that for the SDE."""
+    """The term of DPM-Solver++'s target from the differences between the estimates of x0 at points i, i - 1, ...;
+    ``g`` is the step in log SNR, twice that for the SDE."""
     if order == 1:
         return np.zeros_like(known[0])
+
     lambdas = [steps.levels[i + 1 - j].log_snr for j in range(order + 1)]
     ratios = [(a - b) / (lambdas[0] - lambdas[1]) for a, b in pairwise(lambdas[1:])]
     slope = (known[0] - known[1]) / ratios[0]
+
     phi1 = -math.expm1(-g)
     phi2 = 1 - phi1 / g
     if order == 2:
@@ -107,11 +114,13 @@ def deis(steps: Steps) -> Iterator[Call]:
         now, after = steps.levels[i], steps.levels[i + 1]
         x0, eps = steps.estimates(i, x, prediction)
         order = min(steps.order, i + 1, steps.num_steps - i if steps.num_inference_steps < 15 else 3)
+
         nodes = [math.log(rhos[i - j] / rhos[i]) for j in range(order)]
         ratio = rhos[i + 1] / rhos[i]
         step = np.zeros_like(x)
         for j, slope in enumerate([eps, *old][:order]):
             step = step + rhos[i] * _integral_over_exp(_lagrange(nodes, j), ratio) * slope
+
         yield steps.call(i, [after.signal * (x / now.signal + step), *[eps, *old][: len(old)]], x0)
 
 
@@ -140,22 +149,25 @@ def unipc(steps: Steps) -> Iterator[Call]:
         if before:
             now = _unified_step(steps, i - 1, before, corrected, old, x0)
         before = min(steps.order, i + 1, steps.num_steps - i)
+
         history = [x0, *old[:-1]]
         yield steps.call(i, [_unified_step(steps, i, before, now, history, None), now, *history], x0)
 
 
 def _unified_step(steps: Steps, i: int, order: int, x: Array, known: list[Array], new: Array | None) -> Array:
-    """From point i to i + 1 with the estimates x0 at points i, i - 1, ... and, for the corrector, ``new`` at i + 1."""
+    """Step from point i to i + 1 with the estimates x0 at points i, i - 1, ... and, to correct, ``new`` at i + 1."""
     now, after = steps.levels[i], steps.levels[i + 1]
     h = after.log_snr - now.log_snr
     phi1 = -math.expm1(-h)
     result = after.noise / now.noise * x + after.signal * phi1 * known[0]
+
     ratios = [(steps.levels[i - j].log_snr - now.log_snr) / h for j in range(1, order)]
     slopes = [(m - known[0]) / r for m, r in zip(known[1:], ratios, strict=False)]
     if new is not None:
         ratios, slopes = [*ratios, 1.0], [*slopes, new - known[0]]
     if not slopes:
         return result
+
     scale = h if steps.solver_type == "bh1" else phi1
     weights = [0.5]  # of order 2 whatever B is, as in the paper's appendix
     if len(slopes) > 1:
@@ -164,7 +176,7 @@ def _unified_step(steps: Steps, i: int, order: int, x: Array, known: list[Array]
 
 
 def _unified_moments(h: float, count: int) -> Array:
-    """k! phi_(k+1)(-h) h, k = 1, ..., count (the paper's appendix): what the terms of a polynomial integrate to."""
+    """k! phi_(k+1)(-h) h, k = 1, ..., count (the paper's appendix): the integrals of a polynomial's terms."""
     rest, moments = 1 + math.expm1(-h) / h, list[float]()
     for k in range(1, count + 1):
         moments.append(rest)
@@ -173,7 +185,7 @@ def _unified_moments(h: float, count: int) -> Array:
 
 
 def _dpmpp(order: int, algorithm: str, a1111: str, sde: bool = False) -> Sampler:
-    """The rows of DPM-Solver++, which diffusers has in one class."""
+    """A row for a DPM-Solver++, all of which diffusers has in one class."""
     return Sampler(
         partial(dpmpp, sde=sde),
         "multistep",

@@ -25,7 +25,7 @@ OnStep = Callable[[int, float, Tensor, Callable[[], Tensor]], "Tensor | Literal[
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What each of K network calls does to R registers, register 0 being the latent. Data only, float64 on the CPU.
+    """A table: how each of K network calls changes R registers, register 0 being the latent; float64 on the CPU.
 
     Register 0 is in the scaling of diffusers' scheduler of that name (Karras's for euler, euler_a and heun, variance
     preserving for the rest), so that latents can be compared step by step; the other registers start at 0.
@@ -102,6 +102,7 @@ class Plan:
             f"r0 starts as {self.init_scale:.6g} noise + {self.init_image_scale:.6g} image",
             " ".join(["call", *(f"{name:>11}" for name in ("timestep", "signal", "noise", "next", *inputs))]),
         ]
+
         for k, matrix in enumerate(self.coefficients.tolist()):
             head = [float(self.timesteps[k]), *self.levels[k].tolist()]
             for r, row in enumerate(matrix):
@@ -111,7 +112,7 @@ class Plan:
         return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Image.Image:
-        """Its noise levels against its calls as a picture, also written to ``path`` (.png) if that is given."""
+        """Draw the noise levels against the calls as a picture, also written to ``path`` (.png) if that is given."""
         picture = plot_levels(self.levels, self.timesteps, self.draws_noise, self.title)
         if path is not None:
             with replacing(path, SDKitError) as temporary:
@@ -120,7 +121,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """Its name in figures."""
+        """The plan's name in figures."""
         return f"{self.sampler}, {self.num_steps} steps"
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,12 +136,14 @@ class Plan:
             raise ConfigError(
                 f"plan: expected the fields {', '.join(f.name for f in fields(cls))}, found {sorted(values)}"
             )
+
         empty = {"coefficients": (0, 1, 3), "x0": (0, 2)}  # JSON keeps no shape of a plan with no calls
         tensors: dict[str, Tensor] = {}
         for name, value in values.items():
             if isinstance(value, list):
                 tensor = torch.tensor(value, dtype=torch.bool if name == "draws_noise" else torch.float64)
                 tensors[name] = tensor if value else tensor.reshape(empty.get(name, (0,)))
+
         given: dict[str, Any] = values | tensors
         return cls(**given)
 
@@ -158,15 +161,15 @@ def denoise(
 ) -> Tensor:
     """Run a plan from its first level to its last; returns the latents, float32 (float64 if they came so).
 
-    latents [B, C, H, W]: register 0 at the first level, as `Plan.start` makes it. predict(x_in, k) answers call k's
-    scaled input with (unconditional, conditional) predictions, None for the one that
+    latents [B, C, H, W]: register 0 at the first level, as `Plan.start` makes it. predict(x_in, k) returns the
+    (unconditional, conditional) predictions for call k's scaled input, None for the one that
     ``guidance.at_levels(plan.levels)[k]`` doesn't need: outside the guidance's interval that is the unconditional one,
     and the network is called for half the batch.
     draw_noise() gives a normal like the latents; it is called once for each k with ``plan.draws_noise[k]``, in order.
     on_step(k, t, latents, x0) is called after call k with the new latents and a function that gives the estimate of
     the clean latents that call k made; a tensor that it returns replaces the latents, "stop" ends the loop with the
     latents as they are. Raises NumericalError when the latents are no longer finite: at that call on the CPU, at the
-    end on a GPU, which is not to wait for the answer each time.
+    end on a GPU, where looking after each call would hold up the next.
     """
     guidance = guidance or Guidance()
     work = torch.float64 if latents.dtype == torch.float64 else torch.float32
@@ -174,6 +177,7 @@ def denoise(
     input_scale, times, draws = plan.input_scale.tolist(), plan.timesteps.tolist(), plan.draws_noise.tolist()
     registers = torch.zeros(plan.num_registers, *latents.shape, dtype=work, device=latents.device)
     registers[0] = latents
+
     for k, (t, now) in enumerate(zip(times, guidance.at_levels(plan.levels), strict=True)):
         x_in = registers[0] * input_scale[k]
         uncond, cond = predict(x_in, k)
@@ -181,11 +185,13 @@ def denoise(
             u, c = (None if p is None else p.to(work) for p in (uncond, cond))
             level = Level(*plan.levels[k].tolist())
             uncond, cond = None, guide(now, u, c, x_in, t, level, plan.prediction_type)
+
         noise = draw_noise() if draws[k] else None
         before = registers[0]
         registers = sdkernels.sampler_step(registers, uncond, cond, noise, coefficients, k, now.scale)
         if registers.device.type == "cpu":
             _check_finite(registers[0], k, len(times), t)
+
         if on_step is not None:
             estimate = partial(_estimate, plan, k, before, uncond, cond, now.scale)
             answer = on_step(k, t, registers[0], estimate)
@@ -198,6 +204,7 @@ def denoise(
                 break
             elif answer is not None:
                 raise ConfigError(f'callback: expected latents, "stop" or None, found {answer!r}')
+
     if times:
         _check_finite(registers[0], len(times) - 1, len(times), times[-1])
     return registers[0]

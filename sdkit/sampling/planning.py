@@ -45,7 +45,7 @@ def make_plan(
     solver_type: str | None = None,
     original_inference_steps: int = 50,
 ) -> Plan:
-    """The table of a sampling run.
+    """Make the table of a sampling run.
 
     sampler: a key of `sdkit.sampling.samplers.SAMPLERS`. sigmas: None (by timestep), "karras", "exponential" or "beta".
     timestep_spacing: "leading" (plus ``steps_offset``, which the others do not take), "linspace" or "trailing".
@@ -75,7 +75,7 @@ def make_plan(
     if spec.exploding:
         levels = [Level(1.0, level.noise / level.signal) for level in levels]
 
-    # The part of it that is run.
+    # The part of the schedule that is run.
     first = num_inference_steps - steps_to_run(num_inference_steps, strength)
     steps = Steps(
         schedule, (*times[first:], 0.0), tuple(levels[first:]), num_inference_steps, eta, order or 0, solver or ""
@@ -107,7 +107,7 @@ def _check_numbers(steps: int, schedule: NoiseSchedule, offset: int, strength: f
 
 
 def _check_taken(spec: Sampler, sampler: str, sigmas: str | None, eta: float) -> None:
-    """What not every sampler takes is an error for the others."""
+    """Raise ConfigError for an argument that this sampler does not take."""
     if eta > 0 and not spec.takes_eta:
         takers = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
         raise ConfigError(f"eta: {sampler} takes none, found {eta!r}; these do: {takers}")
@@ -116,7 +116,7 @@ def _check_taken(spec: Sampler, sampler: str, sigmas: str | None, eta: float) ->
 
 
 def _check_not_dark(steps: Steps) -> None:
-    """Epsilon says nothing of the picture where a latent holds no signal."""
+    """Raise ConfigError for epsilon at a point without signal, where it says nothing about the picture."""
     schedule = steps.schedule
     dark = schedule.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0
     if dark and steps.num_steps and steps.times[0] > schedule.num_train_timesteps - 2:
@@ -127,7 +127,7 @@ def _check_not_dark(steps: Steps) -> None:
 
 
 def _start(steps: Steps, strength: float, spacing: str, exploding: bool) -> tuple[float, float]:
-    """What register 0 starts as: the weights of noise and of the clean latents."""
+    """The weights of noise and of the clean latents in register 0 at the start."""
     first = steps.levels[0]
     if strength == 0:
         return 0.0, 1.0
@@ -163,6 +163,7 @@ def _points(
     times = spaced_times(steps, schedule.num_train_timesteps, spacing, offset, multistep, spec.points != "sigma")
     if sigmas is None and spec.points == "table":
         return times.tolist(), _table_levels(times, schedule)
+
     ratios = np.interp(times, np.arange(len(table)), table)
     if sigmas is not None:
         high, low = (table[-1], table[0]) if multistep else (ratios[0], ratios[-1])
@@ -172,6 +173,7 @@ def _points(
             times = np.round(times)
         elif multistep:
             times = np.floor(times)
+
     scale = np.sqrt(1 + ratios**2)
     return times.tolist(), [Level(float(1 / c), float(r / c)) for r, c in zip(ratios, scale, strict=True)]
 

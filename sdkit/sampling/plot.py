@@ -21,7 +21,7 @@ PALE, LINE = "#c8c8c4", "#3b6ea5"
 
 
 def plot_levels(levels: Tensor, timesteps: Tensor, draws_noise: Tensor, title: str) -> Image.Image:
-    """`draw_levels` as a picture of its own."""
+    """Draw noise levels as a picture of their own (`draw_levels`)."""
     figure = empty_figure(8.0, 4.2)
     draw_levels(figure.add_axes((0.1, 0.14, 0.87, 0.66)), levels, timesteps, draws_noise, title)
     return rendered(figure)

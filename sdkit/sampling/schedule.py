@@ -1,4 +1,4 @@
-"""The noise schedule in float64: forward diffusion and training targets."""
+"""The noise schedule in float64: how data is noised, and the training targets."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ class NoiseSchedule:
             )
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
+
         acp = torch.cumprod(1 - _betas(self), dim=0)
         if self.rescale_betas_zero_snr:
             root = acp.sqrt()
             acp = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
         before = torch.cat([acp.new_ones(1), acp[:-1]])
         object.__setattr__(self, "alphas_cumprod", acp)
         object.__setattr__(self, "betas", 1 - acp / before)
@@ -68,7 +70,7 @@ class NoiseSchedule:
         return self._mix(x0, noise, t, velocity=True)
 
     def target(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """What a network of this ``prediction_type`` is trained to answer at x_t, like x0."""
+        """The training target at x_t for a network of this ``prediction_type``, like x0."""
         if self.prediction_type == "epsilon":
             return noise.to(x0)
         return x0 if self.prediction_type == "sample" else self.velocity(x0, noise, t)
@@ -86,6 +88,7 @@ class NoiseSchedule:
         acp = self._at(t).to(x0.device)
         if acp.dim() > 1 or (acp.dim() == 1 and acp.numel() not in (1, x0.shape[0])):
             raise ConfigError(f"timesteps: expected 1 or {x0.shape[0]}, one for each row, found {list(acp.shape)}")
+
         work = torch.promote_types(x0.dtype, torch.float32)
         acp = acp.reshape(-1, *(1,) * (x0.dim() - 1)) if x0.dim() else acp.reshape(())
         signal, sigma = acp.sqrt().to(work), (1 - acp).sqrt().to(work)
@@ -98,13 +101,16 @@ def _betas(schedule: NoiseSchedule) -> Tensor:
     steps, start, end = schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ConfigError(f"num_train_timesteps: expected an integer of at least 2, found {steps!r}")
+
     if schedule.trained_betas is not None:
         betas = torch.tensor(schedule.trained_betas, dtype=torch.float64)
         if betas.shape != (steps,) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ConfigError(f"trained_betas: expected {steps} numbers between 0 and 1, found {betas.numel()} numbers")
         return betas
+
     if not (0 < start < 1 and 0 < end < 1):
         raise ConfigError(f"beta_start, beta_end: expected numbers between 0 and 1, found {start!r} and {end!r}")
+
     if schedule.beta_schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if schedule.beta_schedule == "scaled_linear":

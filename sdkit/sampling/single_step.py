@@ -1,9 +1,9 @@
 """The samplers that look at the present alone. Each walks the points of a `Steps` and yields its network calls.
 
 A row is a vector of weights over (registers, prediction, noise); `basis` gives the unit rows, so that a sampler is
-written as its paper has it. Register 0 is the latent; the others start at 0, and what they hold is already x0, epsilon
-or a latent, whatever the network predicts. To add a sampler: its function, and its row in the table at the end. Those
-that look back at earlier calls are in `multistep`.
+written as its paper has it. Register 0 is the latent; the others start at 0 and hold x0, epsilon or a latent,
+whatever the network predicts. To add a sampler: its function, and its row in the table at the end. Those that look
+back at earlier calls are in `multistep`.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def dpm2(steps: Steps, ancestral: bool = False) -> Iterator[Call]:
         if down == 0:
             yield steps.call(i, [x - now * eps, x], x0)
             continue
+
         middle = math.sqrt(now * down)
         yield steps.call(i, [x + (middle - now) * eps, x], x0)
+
         between = steps.between(middle)
         x0, eps = steps.estimates(between, x, prediction)
         yield steps.call(between, [start + (down - now) * eps + up * noise, start], x0, draws=ancestral)
@@ -109,8 +111,10 @@ def dpmpp_2s_a(steps: Steps) -> Iterator[Call]:
         if down == 0:
             yield steps.call(i, [x0, x], x0)
             continue
+
         middle = math.sqrt(now * down)
         yield steps.call(i, [x0 + middle / now * (x - x0), x], x0)
+
         between = steps.between(middle)
         x0, _ = steps.estimates(between, x, prediction)
         yield steps.call(between, [x0 + down / now * (start - x0) + up * noise, start], x0, draws=True)
@@ -129,9 +133,11 @@ def dpmpp_sde(steps: Steps) -> Iterator[Call]:
         if after == 0:
             yield steps.call(i, [x0, x, first], x0)
             continue
+
         middle = math.sqrt(now * after)
         down, up = _ancestral(now, middle)
         yield steps.call(i, [x0 + down / now * (x - x0) + up * noise, x, noise], x0, draws=True)
+
         between = steps.between(middle)
         x0, _ = steps.estimates(between, x, prediction)
         down, up = _ancestral(now, after)

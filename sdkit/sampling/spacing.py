@@ -1,4 +1,4 @@
-"""Which timesteps and noise levels a run visits, by the spacings of the field, in float64."""
+"""The timesteps and noise levels that a run visits, by the spacings of the field, in float64."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def spaced_times(steps: int, train_steps: int, spacing: str, offset: int, extra_
     more is taken and the lowest dropped, as DPM-Solver's family does. ``whole``: rounded to integers.
     """
     points = steps + (1 if extra_point and spacing != "trailing" else 0)
+
     if spacing == "leading":
         times = (np.arange(points) * (train_steps // points) + offset)[::-1].astype(np.float64)
     elif spacing == "linspace":
@@ -29,6 +30,7 @@ def spaced_times(steps: int, train_steps: int, spacing: str, offset: int, extra_
         times = times.round() if whole else times
     else:
         times = np.arange(train_steps, 0, -train_steps / steps).round() - 1
+
     times = times[:steps]
     if times[0] > train_steps - 1:
         raise ConfigError(
@@ -73,6 +75,7 @@ def _symmetric_beta_quantile(p: Array, a: float) -> Array:
     terms = np.concatenate([[1.0], np.cumprod((n[1:] - a) / n[1:])]) / (a + n)
     complete = math.gamma(a) ** 2 / math.gamma(2 * a)
     tail = np.minimum(p, 1 - p)
+
     low, high = np.zeros_like(p), np.full_like(p, 0.5)
     for _ in range(100):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""What a sampler works with: the points of a run in, the network calls out, in float64; and how a sampler is listed."""
+"""The points of a run, which a sampler reads, the network calls that it yields, and how a sampler is listed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Steps:
         return len(self.times) - 1
 
     def between(self, sigma: float) -> Point:
-        """The point at a Karras noise level that is none of the run's own."""
+        """The point at a Karras noise level between those of the run."""
         return Point(float(times_of(np.array(sigma), self.schedule)), Level(1.0, sigma))
 
     def estimates(self, at: int | Point, x: Array, prediction: Array) -> tuple[Array, Array]:

@@ -27,7 +27,6 @@ from sdkit.prompts.tokens import prompt_tokens
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-
 # Words
 
 
@@ -47,9 +46,11 @@ def prompt_words(
     max_length: int | None = None,
 ) -> list[Word]:
     """The words of a prompt as CLIP cuts them: punctuation marks and digits are words too. Weights, chunks beyond the
-    75th token and triggers of textual inversion as in ``sdkit.prompts.prompt_tokens``, whose arguments these are."""
+    75th token and triggers of textual inversion as in `sdkit.prompts.tokens.prompt_tokens`, which takes the same
+    arguments."""
     length = int(tokenizer.model_max_length) if max_length is None else max_length
     chunks = prompt_tokens(tokenizer, prompt, weighted=weighted, embeddings=embeddings, max_length=length)
+
     texts: dict[int, str] = {}
     positions: dict[int, list[int]] = {}
     for c, chunk in enumerate(chunks):
@@ -87,6 +88,7 @@ class AttentionMaps:
         if not places:
             known = ", ".join(dict.fromkeys(word.text for word in self.words[image]))
             raise ConfigError(f"attention maps: {text!r} is not in the prompt; its words: {known or 'none'}")
+
         if occurrence is not None:
             if not 0 <= occurrence < len(places):
                 raise ConfigError(f"attention maps: {text!r} is there {len(places)} times, found {occurrence=}")
@@ -112,7 +114,7 @@ def _places(words: Sequence[Word], text: str) -> list[list[int]]:
 
 
 class AttentionRecorder:
-    """Running sums of attention maps, one for each size of grid, where the network is. Made by `record_attention`."""
+    """Running sums of attention maps, one for each size of grid, on their device. Made by `record_attention`."""
 
     def __init__(self, images: int | None) -> None:
         self._images = images
@@ -120,23 +122,25 @@ class AttentionRecorder:
         self._count = 0  # maps in the sums: layers x network calls
 
     def maps(self, words: Sequence[Sequence[Word]]) -> AttentionMaps:
-        """What was seen so far: every layer's map brought to the largest grid (bilinear), then the mean.
+        """The maps so far: the mean over all layers and calls, each brought to the largest grid (bilinear).
 
         words: for each image those of its prompt (`prompt_words`); empty where embeddings were given for a prompt.
         Raises ConfigError when their number is not that of the images, SDKitError when no call was seen.
         """
         if not self._sums:
             raise SDKitError("attention maps: nothing was recorded; the UNet was not called inside record_attention")
+
         largest = max(self._sums, key=lambda size: size[0] * size[1])
         images = len(self._sums[largest])
         if len(words) != images:
             raise ConfigError(f"attention maps: expected words for {images} images, found {len(words)}")
+
         grids = [sums.transpose(1, 2).unflatten(2, size) for size, sums in self._sums.items()]
         total = torch.stack([F.interpolate(g, largest, mode="bilinear", align_corners=False) for g in grids]).sum(0)
         return AttentionMaps((total / self._count).cpu(), tuple(tuple(own) for own in words))
 
     def add(self, size: tuple[int, int], probabilities: Tensor) -> None:
-        """Count one layer's probabilities [B, h w, M], of a grid of size (h, w), in."""
+        """Add one layer's probabilities [B, h w, M], of a grid of size (h, w), to the sums."""
         images = len(probabilities) if self._images is None else self._images
         if images > len(probabilities):
             raise ConfigError(f"record_attention: expected a batch of at least {images}, found {len(probabilities)}")
@@ -157,10 +161,12 @@ def record_attention(unet: nn.Module, images: int | None = None) -> Generator[At
     """
     transformers = [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
     attentions = [attention for transformer in transformers for attention in _cross_attentions(transformer)]
+
     if not attentions:
         raise ConfigError("record_attention: this network has no cross-attention")
     if any(attention.recorder is not None for attention in attentions):
         raise ConfigError("record_attention: this network is being recorded already")
+
     recorder = AttentionRecorder(images)
     hooks = [_watch(transformer, recorder) for transformer in transformers]
     try:
@@ -173,8 +179,8 @@ def record_attention(unet: nn.Module, images: int | None = None) -> Generator[At
 
 
 def _watch(transformer: Transformer2DModel, recorder: AttentionRecorder) -> RemovableHandle:
-    """Hand the recorder what the cross-attentions of ``transformer`` see; removing the handle is half of the undoing,
-    setting their ``recorder`` to None the other."""
+    """Hand the recorder the probabilities of the cross-attentions of ``transformer``. To undo it, remove the handle and
+    set their ``recorder`` to None."""
     size = (0, 0)
 
     def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -189,6 +195,3 @@ def _watch(transformer: Transformer2DModel, recorder: AttentionRecorder) -> Remo
 
 def _cross_attentions(transformer: Transformer2DModel) -> list[Attention]:
     return [module for module in transformer.modules() if isinstance(module, Attention) and module.is_cross]
-
-
-# Showing

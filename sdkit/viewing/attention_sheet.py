@@ -1,4 +1,4 @@
-"""A picture beside what each word of its prompt looked at, as one sheet."""
+"""A sheet of a picture and, beside it, where in it each word of its prompt was looked at."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from sdkit.viewing.attention_maps import AttentionMaps, Word
 
 MapScale = Literal["word", "shared"]
 
-
 # Words that name nothing one could point at; a sheet leaves them out unless it is asked for them.
 FUNCTION_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "onto", "or",
     "over", "that", "the", "their", "this", "to", "under", "with",
 })  # fmt: skip
-
 
 MOST_PANELS = 12
 
@@ -33,7 +31,7 @@ def attention_sheet(
     scale: MapScale = "word",
     min_side: int = 256,
 ) -> Image.Image:
-    """A sheet: the picture, then for each word its map laid over the greyed picture, with the map's range below.
+    """Make a sheet: the picture, then for each word its map over the greyed picture, with the map's range below.
 
     image: picture number ``index`` of the batch, scaled up by a whole factor to at least ``min_side`` pixels.
     words: words or phrases of its prompt; by default the first 12 that are more than marks and function words.
@@ -43,16 +41,19 @@ def attention_sheet(
     """
     if scale not in ("word", "shared"):
         raise ConfigError(f"attention sheet: expected the scale 'word' or 'shared', found {scale!r}")
+
     shown = _telling_words(maps.words[index]) if words is None else list(words)
     heat = [maps.word(word, index).float().numpy() for word in shown]
     ranges = [(float(h.min()), float(h.max())) for h in heat]
     if scale == "shared" and ranges:
         ranges = [(min(low for low, _ in ranges), max(high for _, high in ranges))] * len(ranges)
+
     factor = max(1, -(-min_side // min(image.size)))
     picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     panels = [_overlay(picture, h, *limits) for h, limits in zip(heat, ranges, strict=True)]
     captions = [f"{word} ({100 * h.min():.1f} to {100 * h.max():.1f} %)" for word, h in zip(shown, heat, strict=True)]
     note = "colours over each word's own range" if scale == "word" else "colours over one range for all words"
+
     count = len(panels) + 1
     rows = -(-count // 5)
     return grid([picture, *panels], -(-count // rows), [note, *captions], gap=max(8, picture.width // 32), font_size=14)

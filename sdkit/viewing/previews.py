@@ -1,4 +1,4 @@
-"""Watching a picture emerge: previews during sampling, the film strip made of them, and plots of the noise levels."""
+"""Watching a picture emerge: previews during sampling, and the film strip made of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ from sdkit.networks.vae import AutoencoderKL, decode_latents
 PreviewMode = Literal["decode", "fast"]
 
 
-_projections: WeakKeyDictionary[AutoencoderKL, torch.Tensor] = WeakKeyDictionary()
-
-
 @dataclass(frozen=True)
 class Preview:
-    """What the pictures of a batch looked like after a step."""
+    """The pictures of a batch as they looked after a step."""
 
     step: int  # counted from 0
     timestep: float  # of the network call, in training timesteps
@@ -69,12 +66,15 @@ class Previewer:
 
 
 def latent_to_rgb(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, h, w], in the noise predictor's scale, to pictures [B, 3, h, w], float32, about [-1, 1].
+    """Turn latents [B, C, h, w], in the noise predictor's scale, into pictures [B, 3, h, w], float32, about [-1, 1].
 
     The best linear guess at the decoder: see ``rgb_projection``.
     """
     projection = rgb_projection(vae).to(latents.device)
     return torch.einsum("bchw,ck->bkhw", latents.float(), projection[:-1]) + projection[-1][:, None, None]
+
+
+_projections: WeakKeyDictionary[AutoencoderKL, torch.Tensor] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -88,14 +88,17 @@ def rgb_projection(vae: AutoencoderKL, pictures: int = 12, cells: int = 8) -> to
     known = _projections.get(vae)
     if known is not None:
         return known
+
     weight, channels = next(vae.parameters()), vae.config.latent_channels
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(pictures, channels, 1, 1, generator=generator)
     detail = F.interpolate(torch.randn(pictures, channels, 4, 4, generator=generator), (cells, cells), mode="bicubic")
     latents = 0.7 * (base + detail)  # about the spread that scaled latents have
+
     decoded = vae.decode((latents / vae.config.scaling_factor).to(weight.device, weight.dtype))
     colours = F.adaptive_avg_pool2d(decoded.float().cpu(), (cells, cells)).permute(0, 2, 3, 1).reshape(-1, 3).double()
     features = F.pad(latents.permute(0, 2, 3, 1).reshape(-1, channels), (0, 1), value=1.0).double()
+
     finite = colours.isfinite().all(1)
     if int(finite.sum()) <= channels:
         raise NumericalError("preview: the VAE decoder gives no finite colours to fit the fast projection to")
@@ -112,7 +115,7 @@ def film_strip(
     columns: int = 10,
     min_side: int = 160,
 ) -> Image.Image:
-    """The picture emerging from noise: ``previews`` in order, then ``final``, each with a small label below.
+    """Show a picture emerging from noise: ``previews`` in order, then ``final``, each with a small label below.
 
     All frames get the final picture's size (the largest preview's when there is none), scaled up by a whole
     factor to at least ``min_side`` pixels; more than ``columns`` frames go on in the next row. Raises
@@ -121,12 +124,14 @@ def film_strip(
     texts = list(labels) if labels is not None else [""] * len(previews)
     if len(texts) != len(previews):
         raise ConfigError(f"film strip: {len(texts)} labels for {len(previews)} previews")
+
     frames = list(previews)
     if final is not None:
         frames.append(final)
         texts.append("final" if labels is not None else "")
     if not frames:
         raise ConfigError("film strip: there is no frame")
+
     width, height = (final or max(frames, key=lambda f: f.width * f.height)).size
     factor = -(-min_side // min(width, height)) if min(width, height) < min_side else 1
     size = (width * factor, height * factor)

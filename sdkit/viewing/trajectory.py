@@ -16,8 +16,8 @@ from sdkit.viewing.previews import Preview
 def trajectory_figure(
     plan: Plan, previews: Sequence[Preview], index: int = 0, final: Image.Image | None = None, most: int = 10
 ) -> Image.Image:
-    """The way from noise to the picture: the plan's noise levels, and below them what picture number ``index`` of the
-    batch looked like at the calls that were previewed (``most`` at most, evenly picked), then ``final``.
+    """Draw the way from noise to the picture: the plan's noise levels, and below them picture number ``index`` of the
+    batch as it looked at the calls that were previewed (``most`` at most, evenly picked), then ``final``.
 
     Raises ConfigError without a preview, or for one of a call that the plan does not have.
     """

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import finetune
 import sdkit
@@ -19,6 +18,7 @@ from sdkit.cli.main import main
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.generation.png import read_parameters
 from sdkit.stable_diffusion import StableDiffusion
+from tests.conftest import read_image
 from tests.finetune import layer_scale
 
 PROMPT = "a red sphere"
@@ -156,4 +156,4 @@ def run(*arguments: str) -> int:
 
 
 def pixels(path: str) -> np.ndarray:
-    return np.asarray(Image.open(path))
+    return np.asarray(read_image(path))

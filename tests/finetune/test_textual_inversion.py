@@ -32,9 +32,9 @@ from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.checkpoints.textual_inversion import load_textual_inversion
 from sdkit.errors import ConfigError
-from tests.conftest import draw, relative_error
+from tests.conftest import draw, read_image, relative_error
 from tests.finetune import tiny, toy
-from tests.finetune.test_train_lora import call
+from tests.finetune.commands import call
 
 TOKEN = "<zorb>"
 CAPTIONS = ["a red <zorb>, on a table", "two <zorb> <ZORB>", "the <zorb>"]
@@ -136,7 +136,7 @@ def test_vectors_begin_as_words():
     assert relative_error(begin("red cone", 3), ((red + cone) / 2).expand(3, -1)) < 1e-6
     assert relative_error(begin("zorb cone", 2), torch.stack([zorb.mean(0), cone])) < 1e-6
     assert vocabulary_norm(sd.text_encoder) == pytest.approx(table.square().sum(1).sqrt().mean().item(), rel=1e-6)
-    with pytest.raises(ConfigError, match="vectors: expected at least 1, found 0"):
+    with pytest.raises(ConfigError, match="vectors: expected a whole number of at least 1, found 0"):
         begin("cone", 0)
     with pytest.raises(ConfigError, match="init: expected words that are like"):
         begin("  ", 1)
@@ -218,7 +218,7 @@ def test_a_folder_of_pictures_becomes_a_word(pictures: Path, tmp_path: Path):
     assert "activations" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/zorb.pt"):
         assert (output / name).is_file(), name
-    before, after = (Image.open(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
+    before, after = (read_image(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
     assert before != after
     sd = StableDiffusion.from_pretrained("tabletop")
     mean = vocabulary_norm(sd.text_encoder)
@@ -273,7 +273,7 @@ def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactl
 
 def test_mistakes_and_help(pictures: Path, tmp_path: Path):
     run = ("--data", pictures, "--output", tmp_path / "run", *NEW)
-    assert "max_norm: expected a positive number, found 0" in call((*run, "--max-norm", 0), app, status=1)
+    assert "max_norm: expected a finite number above 0, found 0" in call((*run, "--max-norm", 0), app, status=1)
     assert "templates: expected {} once in each of one or more, found ['a']" in call(
         (*run, "--templates", "a"), app, status=1
     )

@@ -4,7 +4,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from finetune.hypernetwork.attach import list_hypernetworks, load_hypernetwork
@@ -13,9 +12,10 @@ from finetune.hypernetwork.network import Hypernetwork
 from finetune.train_hypernetwork import HypernetworkModel, HypernetworkOptions, HypernetworkTraining, app, hypernetwork
 from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
+from tests.conftest import read_image
 from tests.finetune import toy
-from tests.finetune.hypernetwork.test_network import check_like_a1111
-from tests.finetune.test_train_lora import call
+from tests.finetune.commands import call
+from tests.finetune.hypernetwork.a1111 import check_like_a1111
 from tests.finetune.tiny import model
 
 QUICK = ("--max-train-steps", 3, "--lr-warmup-steps", 1, "--num-inference-steps", 2, "--logging-steps", 1)
@@ -44,7 +44,7 @@ def test_a_folder_of_pictures_becomes_a_hypernetwork(pictures: Path, tmp_path: P
     assert f"{4 * (128 * 256) + 2 * (128 + 256):,} parameters in 8 tensors" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/hypernetwork.pt"):
         assert (output / name).is_file(), name
-    before, after = (Image.open(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
+    before, after = (read_image(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
     assert before != after
     assert "Written: `hypernetwork.pt`" in (output / "report.md").read_text()
     check_like_a1111(output / "hypernetwork.pt")

@@ -12,7 +12,7 @@ from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError
 from tests.finetune import toy
-from tests.finetune.test_train_lora import call
+from tests.finetune.commands import call
 from tests.finetune.tiny import model
 
 

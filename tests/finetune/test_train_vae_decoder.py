@@ -36,9 +36,9 @@ from sdkit.checkpoints.loading import MODELS, load_vae
 from sdkit.checkpoints.single_file import save_single_file
 from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
 from sdkit.errors import CheckpointError
-from tests.conftest import draw, draw_weights
+from tests.conftest import draw, draw_weights, read_image
 from tests.finetune import toy
-from tests.finetune.test_train_lora import call
+from tests.finetune.commands import call
 from tests.finetune.tiny import VAE, model
 from tests.finetune.vae_decoder.test_metrics import Inception
 from tests.finetune.vae_decoder.test_perceptual import files
@@ -111,7 +111,7 @@ def test_a_folder_of_pictures_becomes_a_vae_that_diffusers_reads(pictures: Path,
     assert "mse + 0.1 (1 - multi-scale SSIM)" in printed
     for name in ("report.md", "loss.png", "losses.csv", "config.toml", "checkpoint-2/vae.safetensors"):
         assert (output / name).is_file(), name
-    before, after = (Image.open(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
+    before, after = (read_image(output / f"samples/step-{n:06d}.png").tobytes() for n in (0, 3))
     assert before != after
 
     base, trained = load_vae("tabletop", dtype=torch.float32), load_vae_file(output / "vae.safetensors")
@@ -278,7 +278,7 @@ def test_measures_on_pictures_apart_with_all_weights(
     printed = call((*common, "--data", pictures, "--validation-data", tmp_path / "other"), app)
     assert "5 pictures not trained on" in printed and "mse + 0.1 (LPIPS)" in printed
     assert all(f"| {name} |" in printed for name in ("PSNR", "SSIM", "LPIPS", "rFID"))
-    sheet = Image.open(tmp_path / "run" / "samples" / "step-000001.png")
+    sheet = read_image(tmp_path / "run" / "samples" / "step-000001.png")
     assert sheet.size == (3 * 40 + 8, 2 * 40 + 8) and sheet.getpixel((9, 9)) == (0, 90, 60)
 
 

@@ -1,7 +1,9 @@
 """The networks on the Triton kernels (in the interpreter where there is no GPU) are the networks on eager PyTorch."""
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from sdkit.sampling.planning import make_plan
 from sdkit.sampling.schedule import NoiseSchedule
 from tests.conftest import draw, draw_weights, relative_error
 from tests.sdkit.networks.test_unet import TWO_LEVELS
+from tests.sdkit.tiny import model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -73,3 +76,30 @@ def test_a_plan_runs_on_the_step_kernel() -> None:
                     registers = sdkernels.sampler_step(registers, uncond, cond, noise, table, step, 3.0)
             results.append(registers)
         assert relative_error(results[1], results[0]) < 1e-5, sampler
+
+
+def test_two_models_at_once_have_each_its_backend() -> None:
+    """Two threads, in step with each other: neither sees nor restores the other's."""
+    meeting = threading.Barrier(2, timeout=60)
+    seen: dict[str, list[str]] = {"eager": [], "auto": []}
+
+    def draw_with(backend: str) -> None:
+        def look(step: int, *_: Any) -> None:
+            meeting.wait()
+            seen[backend].append(sdkernels.current())
+
+        sd = model()
+        sd.backend = backend
+        embeds = torch.zeros(1, 77, 32)
+        sd.text_to_image(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=embeds,
+            num_inference_steps=3,
+            output_type="latent",
+            progress=False,
+            callback_on_step_end=look,
+        )
+
+    with ThreadPoolExecutor(2) as threads:
+        assert [done.result() for done in [threads.submit(draw_with, name) for name in seen]] == [None, None]
+    assert seen == {"eager": ["eager"] * 3, "auto": ["auto"] * 3}

@@ -1,4 +1,4 @@
-"""The grammar of the tabletop world's captions: true ones, drawn from a seed."""
+"""The grammar of the tabletop world's captions, which are true and drawn from a seed."""
 
 from __future__ import annotations
 
@@ -110,6 +110,7 @@ def _object(rng: random.Random, mention: float, color: str, shape: str, size: st
     noun = _word(rng, shape)
     if extra and rng.random() < 0.08:
         return f"{article(color)} {color} {noun} that is {' and '.join(extra)}"
+
     words = extra + [color]
     if rng.random() < 0.15:
         rng.shuffle(words)
@@ -154,5 +155,5 @@ def _word(rng: random.Random, plain: str) -> str:
 
 
 def article(word: str) -> str:
-    """Of a noun phrase that begins with this word."""
+    """The article of a noun phrase that begins with this word."""
     return "an" if word[0] in "aeiou" else "a"

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-SPHERE, CUBE, CYLINDER, CONE, TORUS, ZORB = range(6)  # the zorb is only in concept.py's scenes
+SPHERE, CUBE, CYLINDER, CONE, TORUS, ZORB = range(6)  # the zorb is only in the scenes of `concept`
 FOCAL = 0.28  # tangent of half the field of view
 TARGET_HEIGHT = 0.03  # the camera looks at the point (shift, TARGET_HEIGHT, 0)
 WALL = 0.23
@@ -76,10 +76,12 @@ def sample_grid(size: int, supersample: int, device: torch.device) -> tuple[Tens
     """Pixel centres u, v [P] and the sample offsets du, dv [M + 1]; the last sample is the pixel's centre."""
     line = (2 * torch.arange(size, device=device) + 1) / size - 1
     v, u = torch.meshgrid(-line, line, indexing="ij")
+
     fine = ((2 * torch.arange(supersample, device=device) + 1) / supersample - 1) / size
     dv, du = torch.meshgrid(-fine, fine, indexing="ij")
     centre = torch.zeros(1, device=device)
     offsets = (torch.cat([du.flatten(), centre]), torch.cat([dv.flatten(), centre]))
+
     return u.flatten() * FOCAL, v.flatten() * FOCAL, offsets[0] * FOCAL, offsets[1] * FOCAL
 
 
@@ -165,11 +167,13 @@ def _march_torus(o: Tensor, d: Tensor, steps: int = 28) -> tuple[Tensor, Tensor]
     reach = (inside * inside - dot(o, o)).clamp_min(0).sqrt()
     t = -reach
     distance = t
+
     for _ in range(steps):
         x, y, z = o[0] + t * d[0], o[1] + t * d[1], o[2] + t * d[2]
         ring = (x * x + z * z).sqrt() - TORUS_MAJOR
         distance = (ring * ring + y * y).sqrt() - TORUS_MINOR
         t = t + distance
+
     return t, (reach > 0) & (distance < 2e-3) & (t < reach)
 
 

@@ -99,11 +99,13 @@ def cast(scenes: Scenes, objects: Objects, size: int, supersample: int) -> Hits:
         bound = BOUND[shape] * objects.radius[chosen] + 2 * FOCAL / size * reach.sqrt()
         near = reach[:, None] - dot(ray, offset[..., None]) ** 2 / dot(ray, ray) < bound[:, None] ** 2
         o, p = torch.nonzero(near, as_tuple=True)
+
         index, picture = chosen[o], objects.picture[chosen[o]]
         ray = camera_rays(pitch[picture, None], u[p, None] + du, v[p, None] + dv)
         local_origin = to_local(objects, index, -offset[:, o, None])
         local_ray = to_local(objects, index, ray)
         depth = intersect(shape, local_origin, local_ray)
+
         e, m = torch.nonzero(depth < math.inf, as_tuple=True)
         t = depth[e, m]
         normal = normals(shape, local_origin[:, e, 0] + t * local_ray[:, e, m])

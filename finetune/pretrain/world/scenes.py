@@ -14,7 +14,7 @@ SHAPES = ("sphere", "cube", "cylinder", "cone", "torus")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 SIZES = ("small", "large")
 MATERIALS = ("matte", "shiny")
-STRIPED = len(MATERIALS)  # a surface that only concept.py's scenes have
+STRIPED = len(MATERIALS)  # a surface that only the scenes of `concept` have
 TABLES = ("white", "grey", "black", "wooden")
 RELATIONS = (None, "left", "right", "front", "behind")
 HELD_OUT = frozenset(
@@ -159,15 +159,19 @@ def _place(scenes: Scenes, g: torch.Generator, tries: int = 16, rounds: int = 20
     position = scenes.position.clone()
     left = torch.arange(len(scenes))
     low, high = torch.tensor([SPREAD_X[0], SPREAD_Z[0]]), torch.tensor([SPREAD_X[1], SPREAD_Z[1]])
+
     for _ in range(rounds):
         if not len(left):
             return replace(scenes, position=position)
+
         candidates = low + (high - low) * torch.rand(len(left), tries, 3, 2, generator=g)
         trial = replace(scenes[left.repeat_interleave(tries)], position=candidates.flatten(0, 1))
         good = valid(trial).reshape(-1, tries)
         found, first = good.any(1), good.int().argmax(1)
+
         position[left[found]] = candidates[found, first[found]]
         left = left[~found]
+
     raise ValueError(f"no place found for the objects of {len(left)} scenes")
 
 
@@ -237,11 +241,13 @@ def siblings(scenes: Scenes, seed: int | torch.Generator) -> Scenes:
     g = _generator(seed)
     n = len(scenes)
     slot = (torch.rand(n, generator=g) * scenes.count).long()
+
     edits = [_swap(scenes, "color"), _swap(scenes, "shape"), _swap(scenes, "position")]
     edits += [_other_pair(scenes, slot, "color", g), _other_pair(scenes, slot, "shape", g)]
     edits += [_toggle(scenes, slot, "size"), _toggle(scenes, slot, "material")]
     table = (scenes.table + torch.randint(1, len(TABLES), (n,), generator=g)) % len(TABLES)
     edits.append(replace(scenes, table=table))
+
     allowed = torch.stack([_is_edit(scenes, edit) for edit in edits], 1)
     weight = torch.tensor([4.0, 4.0, 5.0, 2.0, 2.0, 1.0, 1.0, 0.7])
     choice = (torch.rand(allowed.shape, generator=g).log() / (weight * allowed)).nan_to_num(-torch.inf).argmax(1)
@@ -265,6 +271,7 @@ def _toggle(scenes: Scenes, slot: Tensor, name: str) -> Scenes:
     values[rows, slot] = 1 - values[rows, slot]
     if name != "size":
         return replace(scenes, **{name: values})
+
     radius = scenes.radius.clone()
     sizes = torch.tensor(RADIUS)
     radius[rows, slot] *= sizes[values[rows, slot]] / sizes[scenes.size[rows, slot]]
@@ -287,6 +294,7 @@ def _is_edit(scenes: Scenes, edit: Scenes) -> Tensor:
     before = torch.where(filled, scenes.color * len(SHAPES) + scenes.shape, -1)
     new = filled & (pair != before)
     banned = (_held_out().flatten()[pair.clamp_min(0)] & new).any(1)
+
     distinct = (pair[:, 0] != pair[:, 1]) & (pair[:, 0] != pair[:, 2]) & (pair[:, 1] != pair[:, 2])
     whole = ((edit.shape >= 0) == filled).all(1) & ((edit.color >= 0) == filled).all(1)
     differs = (_key(scenes) != _key(edit)).any(1)

@@ -53,6 +53,7 @@ def shadows(objects: Objects, light: Tensor, points: Tensor) -> Tensor:
         along = dot(offset, light[:, picture, None])
         bound = BOUND[shape] * objects.radius[chosen, None] + LIGHT_SPREAD * along
         near = (along > 0) & (dot(offset, offset) - along * along < bound * bound)
+
         o, p = torch.nonzero(near, as_tuple=True)
         local_origin = to_local(objects, chosen[o], -offset[:, o, p, None])
         local_beam = to_local(objects, chosen[o], beams[:, picture[o]])
@@ -87,10 +88,12 @@ def wood(x: Tensor, z: Tensor, shift: Tensor) -> Tensor:
     across = (x + shift[..., 0]) / 0.085
     plank = across.floor()
     within = across - plank
+
     tone = 0.86 + 0.26 * ((plank * 12.9898 + shift[..., 1] * 40).sin() * 43.7585).frac().abs()
     wave = (z * 14 + plank * 2.1 + shift[..., 1] * 60).sin() + 0.5 * (z * 37 + plank).sin()
     grain = 1 + 0.11 * (across * 19 + wave * 1.6).sin()
     seam = 1 - 0.55 * (1 - smoothstep(0.0, 0.06, torch.minimum(within, 1 - within)))
+
     return tone * grain * seam
 
 

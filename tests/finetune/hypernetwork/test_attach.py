@@ -23,8 +23,10 @@ from finetune.hypernetwork.network import Hypernetwork
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw_weights, relative_error
-from tests.finetune.hypernetwork.test_network import a1111
+from tests.finetune.hypernetwork.a1111 import a1111
 from tests.finetune.tiny import UNET, latents, model, pipeline, their_latents
+
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning")  # of diffusers' scheduler
 
 TEXT, SELF = 32, 16  # the widths of the tiny model's contexts; its middle block's self-attention is 32 wide too
 

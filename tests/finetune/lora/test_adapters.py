@@ -1,6 +1,5 @@
 """Adapters in a model: how they add up, and that whatever is done with them can be undone."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,7 @@ from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import relative_error
 from tests.finetune.tiny import drawn_updates, latents, model, places
 
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return model()
-
-
-@pytest.fixture(scope="module")
-def base(sd: StableDiffusion) -> torch.Tensor:
-    return latents(sd)
-
-
-@pytest.fixture(autouse=True)
-def clean(sd: StableDiffusion) -> Iterator[None]:
-    yield
-    finetune.remove(sd)
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 @pytest.fixture(scope="module")

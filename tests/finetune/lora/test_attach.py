@@ -1,6 +1,5 @@
 """LoRA on a model: made, loaded, asked for by prompts, and swapped without a new compilation."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +10,14 @@ from torch._dynamo.testing import CompileCounter
 import finetune
 from finetune.lora.adapters import layers
 from finetune.lora.reading import read_lora
-from finetune.lora.targets import Target, match_targets, published_targets
+from finetune.lora.targets import match_targets
 from finetune.lora.writing import write_lora
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw, relative_error
-from tests.finetune.tiny import drawn_updates, latents, model, places
+from tests.finetune.tiny import drawn_updates, latents, places
 
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return model()
-
-
-@pytest.fixture(scope="module")
-def base(sd: StableDiffusion) -> torch.Tensor:
-    return latents(sd)
-
-
-@pytest.fixture(autouse=True)
-def clean(sd: StableDiffusion) -> Iterator[None]:
-    yield
-    finetune.remove(sd)
-
-
-# Where
-
-
-@pytest.fixture(scope="module")
-def sd1() -> list[Target]:
-    return published_targets(768)
-
-
-COUNTS = {"cross_attention": (64, 48), "attention": (128, 48), "transformer": (192, 72), "all": (282, 72)}
-
-
-@pytest.mark.parametrize("targets", COUNTS)
-def test_the_modules_of_stable_diffusion_1(sd1: list[Target], targets: str) -> None:
-    """kohya's scope is 192 modules of the UNet and 72 of the text encoder."""
-    chosen = match_targets(sd1, targets)
-    unet = [target for target in chosen if target.network == "unet"]
-    assert (len(unet), len(chosen) - len(unet)) == COUNTS[targets]
-    if targets == "cross_attention":
-        kinds = {target.path.split("transformer_blocks.0.")[-1] for target in unet}
-        assert kinds == {"attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"}
-
-
-def test_targets_by_expression_and_by_name(sd1: list[Target]) -> None:
-    assert len(match_targets(sd1, r"attn[12]\.to_k$")) == 32
-    assert len(match_targets(sd1, ["to_k", "fc1"])) == 32 + 12
-    assert [s.path for s in match_targets(sd1, ["conv_in"])] == ["conv_in"]
-    for targets, message in (
-        (r"attn3", "nothing matches attn3; expected cross_attention"),
-        (["to_k", "to_w", "attn2"], "nothing matches to_w, attn2"),
-        ([], r"nothing matches \[\]"),
-        ("to_(k", "no regular expression"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            match_targets(sd1, targets)
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 # Made

@@ -1,6 +1,5 @@
 """LoHa, LoKr, LoCon and DoRA as low-rank updates, against peft's own layers and against the formulas."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,9 @@ from finetune.lora.reading import read_lora
 from finetune.lora.targets import Target, match_targets
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw, relative_error
-from tests.finetune.tiny import drawn_updates, model, places
+from tests.finetune.tiny import drawn_updates, places
 
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return model()
-
-
-@pytest.fixture(autouse=True)
-def clean(sd: StableDiffusion) -> Iterator[None]:
-    yield
-    finetune.remove(sd)
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def lycoris(kind: str, target: Target, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -87,10 +77,10 @@ def test_locon_with_a_middle(sd: StableDiffusion, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("target", ["attn2.to_out.0", "conv2"])
-def test_a_dora_scale_norms_rows_or_columns(sd: StableDiffusion, axis: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["attn2.to_out.0", "conv2"])
+def test_a_dora_scale_norms_rows_or_columns(sd: StableDiffusion, axis: str, end: str, tmp_path: Path) -> None:
     """As LyCORIS has it, by the shape of dora_scale; these modules are square, so the number says nothing."""
-    target = match_targets(places(sd), [target])[0]
+    target = match_targets(places(sd), [end])[0]
     update = drawn_updates([target])[target]
     dims = len(target.shape)
     shape = (target.shape[0], *(1,) * (dims - 1)) if axis == "rows" else (1, target.shape[1], *(1,) * (dims - 2))

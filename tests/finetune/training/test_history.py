@@ -12,6 +12,7 @@ from PIL import Image
 from finetune.training.history import History
 from finetune.training.loop import make_accelerator
 from sdkit.errors import ConfigError, NumericalError
+from tests.conftest import read_image
 from tests.finetune import toy
 from tests.finetune.toy import PLAIN, Killed, losses
 
@@ -24,7 +25,7 @@ def test_the_history_is_written_and_drawn(tmp_path: Path):
     assert lines[0] == "step,loss,grad_norm,learning_rate" and len(lines) == 13
     assert [float(x) for x in lines[5].split(",")] == list(history.rows[4])
     history.draw(tmp_path / "loss.png")
-    assert np.asarray(Image.open(tmp_path / "loss.png").convert("L")).std() > 1
+    assert np.asarray(read_image(tmp_path / "loss.png").convert("L")).std() > 1
     assert history.recent(3) == pytest.approx(np.mean(losses(history)[-3:]))
 
 

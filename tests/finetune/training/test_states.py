@@ -32,6 +32,20 @@ def test_the_last_states_are_kept_in_the_order_of_steps(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_a_clear_error_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_state(tmp_path, 1, {"step": 1}, keep=2)
+
+    def stop(content: object, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise RuntimeError("no space left")  # as torch does
+
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: cannot be written \(no space left\)"):
+        save_state(tmp_path, 2, {"step": 2}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert load_state(tmp_path / "checkpoint-1") == {"step": 1}
+
+
 class Reaper:
     """Kills at one of the calls that change the disk, before it is done, and at all later ones until it is called off.
 

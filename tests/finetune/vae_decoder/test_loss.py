@@ -176,10 +176,10 @@ def test_small_pictures_are_a_clear_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"perceptual_weight": -1.0}, "perceptual_weight: expected at least 0"),
-        ({"discriminator_weight": float("nan")}, "discriminator_weight: expected at least 0"),
-        ({"discriminator_start": -1}, "discriminator_start: expected at least 0"),
-        ({"discriminator_layers": 0}, "discriminator_layers: expected at least 1"),
+        ({"perceptual_weight": -1.0}, "perceptual_weight: expected a finite number of at least 0"),
+        ({"discriminator_weight": float("nan")}, "discriminator_weight: expected a finite number of at least 0"),
+        ({"discriminator_start": -1}, "discriminator_start: expected a whole number of at least 0"),
+        ({"discriminator_layers": 0}, "discriminator_layers: expected a whole number of at least 1"),
         ({"lpips_vgg": Path("x")}, "LPIPS needs both"),
     ],
 )

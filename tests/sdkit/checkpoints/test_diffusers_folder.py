@@ -1,80 +1,27 @@
-"""Diffusers folders against diffusers itself, weight files in all their forms, inspection, what is refused."""
+"""Diffusers folders against diffusers itself, weight files in all their forms, what is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL as TheirVAE
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers import UNet2DConditionModel as TheirUNet
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdkit.checkpoints.components import Components
 from sdkit.checkpoints.diffusers_folder import load_folder, load_weights, save_folder
-from sdkit.checkpoints.inspection import inspect_file
-from sdkit.checkpoints.loading import load, save
-from sdkit.checkpoints.presets import read_preset
-from sdkit.checkpoints.single_file import save_single_file
-from sdkit.checkpoints.tensors import read_state, write_state
-from sdkit.checkpoints.vae_file import save_vae_file
+from sdkit.checkpoints.loading import save
+from sdkit.checkpoints.tensors import write_state
 from sdkit.errors import CheckpointError
 from sdkit.networks.text_encoder import text_state_dict
-from sdkit.prompts.tokenizer import clip_tokenizer
+from tests.sdkit.checkpoints.models import assert_same, refused
 
-UNET: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 16,
-    "sample_size": 8,
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 4,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 UNET_FILE, VAE_FILE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    return StableDiffusionPipeline(
-        vae=TheirVAE.from_config(VAE).eval(),
-        unet=TheirUNet.from_config(UNET).eval(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)).eval(),
-        tokenizer=clip_tokenizer(),
-        scheduler=DDIMScheduler.from_config(read_preset("sd2")["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def saved(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that diffusers wrote; tests copy it before they change it."""
-    folder = tmp_path_factory.mktemp("theirs") / "model"
-    pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -82,28 +29,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-@pytest.fixture(scope="module")
-def ours(saved: Path) -> Components:
-    return load_folder(saved)
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert not [k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k], b[k])]
-
-
-def refused(match: str, call: Callable[[], object], path: Path) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
 def edit_json(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_reads_what_diffusers_writes(pipe: StableDiffusionPipeline, ours: Components) -> None:
@@ -296,104 +223,3 @@ def test_nothing_partial_is_left(ours: Components, tmp_path: Path, monkeypatch: 
     refused("No space left on device", lambda: write_state({"x": torch.zeros(1)}, target), target)
     assert target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".half", "file", "kept.safetensors"]
-
-
-def test_state_keeps_integers_and_metadata(tmp_path: Path) -> None:
-    state = {"a": torch.arange(3), "b": torch.randn(2, 3).t(), "c": torch.randn(4)[::2]}
-    write_state(state, tmp_path / "x.safetensors", torch.bfloat16, {"note": "hello"})
-    read, metadata = read_state(tmp_path / "x.safetensors")
-    assert_same(read, {"a": state["a"], "b": state["b"].bfloat16(), "c": state["c"].bfloat16()})
-    assert metadata == {"format": "pt", "note": "hello"}
-
-
-def test_load_and_save_choose_by_path(ours: Components, tmp_path: Path) -> None:
-    save(ours, tmp_path / "m.safetensors", dtype=torch.float16)
-    loaded = load(tmp_path / "m.safetensors", dtype=torch.float32)
-    save(loaded, tmp_path / "folder")
-    assert_same(dict(load(tmp_path / "folder").unet.state_dict()), dict(loaded.unet.state_dict()))
-
-
-# ---- inspection ------------------------------------------------------------------------------------------------------
-
-
-def test_inspect_models(ours: Components, saved: Path, tmp_path: Path) -> None:
-    facts = inspect_file(saved)
-    assert (facts["kind"], facts["version"]) == ("diffusers folder", "context width 16")
-    assert facts["parts"]["vae"] == "AutoencoderKL" and "safety_checker" not in facts["parts"]
-    save_single_file(ours, tmp_path / "m.safetensors", dtype=torch.float16)
-    facts = inspect_file(tmp_path / "m.safetensors")
-    file = load_file(tmp_path / "m.safetensors")
-    assert facts["kind"] == "context width 16 single file"
-    assert facts["tensors"] == len(file) and facts["dtypes"] == {"F16": len(file)}
-    assert facts["parameters"] == sum(t.numel() for t in file.values())
-    assert facts["metadata"]["modelspec.prediction_type"] == "v"
-    save_vae_file(ours.vae, tmp_path / "v.safetensors")
-    assert inspect_file(tmp_path / "v.safetensors")["kind"] == "VAE (single file)"
-    assert inspect_file(saved / VAE_FILE)["kind"] == "VAE (diffusers)"
-    assert inspect_file(saved / UNET_FILE)["kind"] == "UNet (diffusers)"
-    assert inspect_file(saved / "text_encoder" / "model.safetensors")["kind"] == "text encoder"
-    assert inspect_file(saved / "vae")["kind"] == "folder of one network, AutoencoderKL"
-
-
-ATTENTION = "input_blocks.2.1.transformer_blocks.0.attn2.to_k"
-LAYER = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-
-
-@pytest.mark.parametrize(
-    ("key", "shape", "kind", "version"),
-    [
-        (
-            f"model.diffusion_model.input_blocks.{2}.1.transformer_blocks.0.attn2.to_k.weight",
-            (320, 768),
-            "SD1 single file",
-            "SD1",
-        ),
-        (f"model.diffusion_model.{ATTENTION}.weight", (320, 1024), "SD2 single file", "SD2"),
-        ("conditioner.embedders.1.model.ln_final.bias", (1280,), "SDXL single file", "unknown"),
-        (f"lora_unet_{LAYER}.lora_down.weight", (4, 1024), "LoRA (kohya)", "SD2"),
-        (
-            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
-            (4, 768),
-            "LoRA (diffusers)",
-            "SD1",
-        ),
-        ("unet.mid_block.attentions.0.proj_in.lora.down.weight", (4, 8), "LoRA (diffusers)", "unknown"),
-        ("base_model.model.mid_block.attentions.0.proj_in.lora_A.weight", (4, 8), "LoRA (peft)", "unknown"),
-        ("emb_params", (3, 768), "textual inversion", "SD1"),
-        ("something.else", (1,), "unknown", "unknown"),
-    ],
-)
-def test_inspect_kinds(key: str, shape: tuple[int, ...], kind: str, version: str, tmp_path: Path) -> None:
-    save_file({key: torch.zeros(shape)}, tmp_path / "x.safetensors")
-    facts = inspect_file(tmp_path / "x.safetensors")
-    assert (facts["kind"], facts["version"]) == (kind, version)
-    torch.save({"state_dict": {key: torch.zeros(shape)}}, tmp_path / "x.ckpt")
-    facts = inspect_file(tmp_path / "x.ckpt")
-    assert (facts["kind"], facts["version"], facts["dtypes"]) == (kind, version, {"float32": 1})
-
-
-def test_inspect_reads_the_header_alone(tmp_path: Path) -> None:
-    """A sparse 1 TiB file is inspected at once; cut short, it is named damaged."""
-    size = 2**40
-    header = json.dumps({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
-    path = tmp_path / "huge.safetensors"
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
-    assert inspect_file(path)["parameters"] == size // 4
-    with path.open("r+b") as file:
-        file.truncate(1000)
-    refused("truncated safetensors file: expected", lambda: inspect_file(path), path)
-    refused("there is none", lambda: inspect_file(tmp_path / "no.safetensors"), tmp_path / "no.safetensors")
-
-
-def test_inspect_hypernetwork_and_textual_inversion(tmp_path: Path) -> None:
-    pair = tuple({"linear.0.weight": torch.zeros(8, 4)} for _ in range(2))
-    content = {768: pair, "layer_structure": [1, 2, 1], "step": 3, "name": "h"}
-    torch.save(content, tmp_path / "h.pt", _use_new_zipfile_serialization=False)
-    facts = inspect_file(tmp_path / "h.pt")
-    assert (facts["kind"], facts["tensors"], facts["parameters"]) == ("hypernetwork", 2, 64)
-    torch.save({"string_to_param": {"*": torch.zeros(2, 768)}, "name": "t"}, tmp_path / "t.pt")
-    assert inspect_file(tmp_path / "t.pt")["kind"] == "textual inversion"
-    torch.save({"<cat>": torch.zeros(768)}, tmp_path / "c.bin")
-    assert inspect_file(tmp_path / "c.bin")["kind"] == "textual inversion"

@@ -1,241 +1,29 @@
-"""Single files: key maps against diffusers' own converters at full size, reading, writing, what is refused."""
+"""Single files: reading, writing, what is refused."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL as TheirVAE
-from diffusers import UNet2DConditionModel as TheirUNet
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_clip_checkpoint,
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-    convert_open_clip_checkpoint,
-)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor
 
 from sdkit.checkpoints.components import Components
 from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
 from sdkit.checkpoints.inspection import inspect_file
-from sdkit.checkpoints.key_maps import (
-    CLIP,
-    EMA,
-    OPEN_CLIP,
-    UNET,
-    VAE,
-    give,
-    open_clip_extras,
-    open_clip_map,
-    take,
-    unet_map,
-    vae_map,
-)
-from sdkit.checkpoints.loading import load_vae
-from sdkit.checkpoints.presets import ALL_PRESETS, read_preset
-from sdkit.checkpoints.scheduler_config import read_scheduler_config
+from sdkit.checkpoints.key_maps import CLIP, EMA, OPEN_CLIP, UNET, VAE
+from sdkit.checkpoints.presets import read_preset
 from sdkit.checkpoints.single_file import load_single_file, save_single_file
-from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
+from sdkit.checkpoints.vae_file import load_vae_file
 from sdkit.errors import CheckpointError, ConfigError
-from sdkit.networks.config import UNetConfig
-from sdkit.networks.text_encoder import build_text_encoder, text_state_dict
-from sdkit.networks.unet import UNet2DConditionModel
-from sdkit.networks.vae import AutoencoderKL
 from sdkit.prompts.tokenizer import clip_tokenizer
-
-TINY_UNET: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 2,
-    "norm_num_groups": 4,
-    "attention_head_dim": 2,
-    "sample_size": 8,
-}
-TINY_VAE: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 4,
-}
-TINY_TEXT: dict[str, Any] = {
-    "vocab_size": 49408,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 77,
-}
-
-
-def tiny(width: int = 16, channels: int = 4) -> Components:
-    """A random model with a context of ``width``; 1024 makes it an SD2 model to every reader."""
-    torch.manual_seed(0)
-    vocab = {"vocab_size": 64} if width == 1024 else {}
-    text = CLIPTextModel(CLIPTextConfig(**(TINY_TEXT | {"hidden_size": width} | vocab)))
-    unet = UNet2DConditionModel.from_config(TINY_UNET | {"cross_attention_dim": width, "in_channels": channels})
-    scheduler = read_preset("sd2" if width == 1024 else "sd1")["scheduler"]
-    tokenizer = clip_tokenizer(0 if width == 1024 else 49407)
-    return Components(unet.eval(), AutoencoderKL.from_config(TINY_VAE).eval(), text.eval(), tokenizer, scheduler)
-
-
-@pytest.fixture(scope="module")
-def sd1() -> Components:
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def sd2() -> Components:
-    return tiny(1024)
-
-
-def networks(components: Components) -> list[nn.Module]:
-    return [components.unet, components.vae, components.text_encoder]
-
-
-def assert_same_networks(ours: Components, theirs: Components) -> None:
-    for a, b in zip(networks(ours), networks(theirs), strict=True):
-        assert_same(a.state_dict(), b.state_dict())
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    wrong = [k for k in a if a[k].dtype != b[k].dtype or a[k].shape != b[k].shape or not torch.equal(a[k], b[k])]
-    assert not wrong
-
-
-def meta(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return build().state_dict()
-
-
-class Tagged(dict[str, Tensor]):
-    """A file whose every tensor is its key's number, so that a wrong mapping moves a number."""
-
-    def __init__(self, keys: list[str], dims: Callable[[str], int]) -> None:
-        super().__init__({key: torch.full((1,) * dims(key), float(i)) for i, key in enumerate(sorted(keys))})
-
-
-# ---- key maps, full size ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", ALL_PRESETS)
-def test_unet_map_is_diffusers(preset: str) -> None:
-    config = read_preset(preset)["unet"]
-    theirs = meta(lambda: TheirUNet.from_config(config))
-    ours = meta(lambda: UNet2DConditionModel.from_config(config))
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    names = unet_map(theirs, UNetConfig.from_dict(config))
-    assert len(set(names.values())) == len(theirs) == 686
-    file = Tagged([UNET + key for key in names.values()], lambda key: 1)
-    expected = convert_ldm_unet_checkpoint(dict(file), config)
-    assert_same(take(dict(file), names, UNET, "file"), expected)
-    assert_same(give(expected, names, UNET), dict(file))
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_unet_map_with_other_depths(layers: int) -> None:
-    config = read_preset("sd1")["unet"] | {"layers_per_block": layers}
-    names = unet_map(meta(lambda: TheirUNet.from_config(config)), UNetConfig.from_dict(config))
-    file = Tagged([UNET + key for key in names.values()], lambda key: 1)
-    assert_same(take(dict(file), names, UNET, "file"), convert_ldm_unet_checkpoint(dict(file), config))
-
-
-def test_vae_map_is_diffusers() -> None:
-    config = read_preset("sd1")["vae"]
-    theirs = meta(lambda: TheirVAE.from_config(config))
-    assert len(theirs) == 248
-    names = vae_map(theirs, 4)
-    assert len(set(names.values())) == 248
-    file = Tagged([VAE + key for key in names.values()], lambda key: 4 if "attn_1" in key and "weight" in key else 1)
-    expected = convert_ldm_vae_checkpoint(dict(file), config)
-    mine = take(dict(file), names, VAE, "file")
-    assert mine.keys() == expected.keys() == theirs.keys()
-    assert {k: v.item() for k, v in mine.items()} == {k: v.item() for k, v in expected.items()}
-
-
-def test_clip_map_is_diffusers(sd1: Components, tmp_path: Path) -> None:
-    save_single_file(sd1, tmp_path / "m.safetensors")
-    file = load_file(tmp_path / "m.safetensors")
-    assert_same(convert_ldm_clip_checkpoint(file), text_state_dict(sd1.text_encoder))
-    with torch.device("meta"):
-        full = text_state_dict(build_text_encoder(read_preset("sd1")["text_encoder"]))
-    assert sum(v.numel() for v in full.values()) == 123_060_480
-
-
-def test_open_clip_map_is_diffusers() -> None:
-    """All 23 blocks, with stacked rows told apart; the last block and the head are what diffusers ignores."""
-    with torch.device("meta"):
-        full = text_state_dict(build_text_encoder(read_preset("sd2")["text_encoder"]))
-    assert sum(v.numel() for v in full.values()) == 340_387_840
-    shrunk = {k: torch.full([2] * v.dim(), float(i)) for i, (k, v) in enumerate(full.items())}
-    file = give(shrunk, open_clip_map(full), OPEN_CLIP)
-    file |= open_clip_extras(file, 23)
-    assert len(file) == 24 * 12 + 4 + 2
-    converted = convert_open_clip_checkpoint(SimpleNamespace(config=SimpleNamespace(hidden_size=2)), dict(file))
-    assert_same(converted, shrunk)
-    assert_same(take(dict(file), open_clip_map(full), OPEN_CLIP, "file"), shrunk)
-
-
-def test_open_clip_extra_block_is_the_identity() -> None:
-    """In OpenCLIP's own block: pre-norm attention and MLP, both residual."""
-    torch.manual_seed(0)
-    width, heads, x = 8, 2, torch.randn(2, 5, 8)
-    layer = f"{OPEN_CLIP}transformer.resblocks.0."
-    shapes = {
-        "ln_1.weight": [8],
-        "ln_1.bias": [8],
-        "attn.in_proj_weight": [24, 8],
-        "attn.in_proj_bias": [24],
-        "attn.out_proj.weight": [8, 8],
-        "attn.out_proj.bias": [8],
-        "ln_2.weight": [8],
-        "ln_2.bias": [8],
-        "mlp.c_fc.weight": [32, 8],
-        "mlp.c_fc.bias": [32],
-        "mlp.c_proj.weight": [8, 32],
-        "mlp.c_proj.bias": [8],
-    }
-    state = {layer + k: torch.randn(s) for k, s in shapes.items()} | {f"{OPEN_CLIP}ln_final.weight": torch.randn(8)}
-    extras = open_clip_extras(state, 1)
-    block = {k.removeprefix(f"{OPEN_CLIP}transformer.resblocks.1."): v for k, v in extras.items() if "resblocks" in k}
-    assert {k: list(v.shape) for k, v in block.items()} == shapes
-    attention = nn.MultiheadAttention(width, heads, batch_first=True)
-    attention.load_state_dict({k.removeprefix("attn."): v for k, v in block.items() if k.startswith("attn.")})
-    h = nn.functional.layer_norm(x, [width], block["ln_1.weight"], block["ln_1.bias"])
-    y = x + attention(h, h, h, need_weights=False)[0]
-    h = nn.functional.layer_norm(y, [width], block["ln_2.weight"], block["ln_2.bias"])
-    h = nn.functional.gelu(nn.functional.linear(h, block["mlp.c_fc.weight"], block["mlp.c_fc.bias"]))
-    y = y + nn.functional.linear(h, block["mlp.c_proj.weight"], block["mlp.c_proj.bias"])
-    assert torch.equal(y, x)
-    assert torch.equal(extras[f"{OPEN_CLIP}text_projection"], torch.eye(8))
-
-
-@pytest.mark.parametrize("preset", ALL_PRESETS)
-def test_presets_build_and_name_a_schedule(preset: str) -> None:
-    configs = read_preset(preset)
-    read_scheduler_config(configs["scheduler"])
-    expected = "v_prediction" if preset == "sd2" else "epsilon"
-    assert configs["scheduler"]["prediction_type"] == expected
-    assert sum(v.numel() for v in meta(lambda: AutoencoderKL.from_config(configs["vae"])).values()) == 83_653_863
-    counts = {
-        "sd1": 859_520_964,
-        "sd1_inpaint": 859_535_364,
-        "sd2": 865_910_724,
-        "sd2_base": 865_910_724,
-        "sd2_inpaint": 865_925_124,
-        "sd2_depth": 865_913_604,
-    }
-    unet = meta(lambda: UNet2DConditionModel.from_config(configs["unet"]))
-    assert sum(v.numel() for v in unet.values()) == counts[preset]
-
+from tests.sdkit.checkpoints.models import TINY_TEXT, TINY_UNET, TINY_VAE, assert_same, assert_same_networks, save, tiny
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -421,30 +209,6 @@ def test_only_the_last_text_block_is_left_out(sd2_file: Path, tmp_path: Path) ->
     refused("not understood: cond_stage_model.model.transformer.resblocks.3.ln_1.bias", bad)
 
 
-# ---- VAE files -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefix", ["", VAE])
-def test_vae_file(prefix: str, sd1: Components, tmp_path: Path) -> None:
-    save_vae_file(sd1.vae, tmp_path / "vae.safetensors")
-    file = load_file(tmp_path / "vae.safetensors")
-    assert file["encoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
-    assert_same(convert_ldm_vae_checkpoint(file, TINY_VAE), dict(sd1.vae.state_dict()))
-    training = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
-    torch.save({"state_dict": {prefix + k: v for k, v in (file | training).items()}}, tmp_path / "vae.ckpt")
-    loaded = load_vae_file(tmp_path / "vae.ckpt", sd1.vae.config)
-    assert_same(dict(loaded.state_dict()), dict(sd1.vae.state_dict()))
-    assert_same(dict(load_vae_file(tmp_path / "vae.safetensors").state_dict()), dict(sd1.vae.state_dict()))
-
-
-def test_vae_in_diffusers_names_and_folders(sd1: Components, tmp_path: Path) -> None:
-    TheirVAE.from_config(TINY_VAE).save_pretrained(tmp_path / "vae")
-    saved = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    assert_same(dict(load_vae(tmp_path / "vae").state_dict()), saved)
-    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    assert_same(dict(load_vae_file(file, sd1.vae.config).state_dict()), saved)
-
-
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -497,11 +261,6 @@ def test_errors(sd1: Components, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_single_file(sd1, tmp_path / "nowhere" / "a.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "bad.safetensors"]
-
-
-def save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> Path:
-    save_file(state, path, metadata)
-    return path
 
 
 class Code:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdkit.errors import ConfigError
 from sdkit.images.depth import depth_channel, read_depth
+from tests.conftest import read_image
 
 
 def test_the_channel_runs_from_minus_1_to_1_in_each_map() -> None:
@@ -39,7 +40,7 @@ def test_maps_come_in_many_forms(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (5, 9), dtype=np.uint16)
     expected = torch.from_numpy(values.astype(np.float32))[None]
     Image.fromarray(values).save(tmp_path / "depth.png")
-    grey16 = Image.open(tmp_path / "depth.png")
+    grey16 = read_image(tmp_path / "depth.png")
     for given in (
         values,
         values[None],

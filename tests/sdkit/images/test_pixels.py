@@ -1,10 +1,8 @@
-"""Pictures to tensors and back, masks, metadata, sheets."""
+"""Pictures to tensors and back, masks, sizes."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,28 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from sdkit.errors import ConfigError, NumericalError, SDKitError
-from sdkit.generation.png import a1111_parameters, read_parameters, write_png
 from sdkit.images.pixels import check_size, fit, mask_to_tensor, to_pil, to_tensor
-from sdkit.images.sheet import grid
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-PARAMETERS: dict[str, Any] = {
-    "prompt": "ein grüner Würfel, 赤い球 😀",
-    "negative_prompt": "blurry, text:\nugly",
-    "num_inference_steps": 30,
-    "sampler": "dpmpp_2m",
-    "sigmas": "karras",
-    "guidance_scale": 7.5,
-    "seed": 18446744073709551615,
-    "width": 64,
-    "height": 96,
-    "model": "tabletop",
-    "clip_skip": 1,
-    "eta": 0.1 + 0.2,
-}
 
 
 def test_to_tensor_matches_the_preprocessing_of_diffusers() -> None:
@@ -158,90 +140,3 @@ def test_fit_covers_and_crops_in_the_middle() -> None:
     bands = np.zeros((10, 30, 3), np.uint8)
     bands[:, 10:20] = 255
     assert np.asarray(fit(Image.fromarray(bands), 10, 10)).min() == 255
-
-
-def test_png_metadata_round_trip(tmp_path: Path) -> None:
-    path = write_png(Image.fromarray(RGB), tmp_path / "a.png", PARAMETERS)
-    assert read_parameters(path) == PARAMETERS
-    assert np.array_equal(np.asarray(Image.open(path)), RGB)
-    assert os.listdir(tmp_path) == ["a.png"]
-
-
-def test_a1111_reads_the_parameters_chunk(tmp_path: Path) -> None:
-    """Parsed by the rules of the web UI's ``parse_generation_parameters``."""
-    path = write_png(Image.fromarray(RGB), tmp_path / "a.png", PARAMETERS)
-    with Image.open(path) as image:
-        *lines, last = image.info["parameters"].strip().split("\n")
-    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
-    assert len(pairs) >= 3
-    values = {name: json.loads(value) if value.startswith('"') else value for name, value in pairs}
-    assert values == {
-        "Steps": "30",
-        "Sampler": "DPM++ 2M",
-        "Schedule type": "Karras",
-        "CFG scale": "7.5",
-        "Model": "tabletop",
-        "Seed": "18446744073709551615",
-        "Size": "64x96",
-        "Clip skip": "2",
-        "Version": "sdkit",
-    }
-    start = next(i for i, line in enumerate(lines) if line.startswith("Negative prompt:"))
-    assert "\n".join(lines[:start]) == PARAMETERS["prompt"]
-    assert "\n".join(lines[start:]).removeprefix("Negative prompt: ") == PARAMETERS["negative_prompt"]
-    assert 'Model: "a, b: c"' in a1111_parameters({"model": "a, b: c"})
-    facts = {"strength": 0.6, "mask_blur": 4, "variation_seed": 3, "variation_strength": 0.2}
-    expected = "Denoising strength: 0.6, Mask blur: 4, Variation seed: 3, Variation seed strength: 0.2"
-    assert expected in a1111_parameters(facts)
-    hires = {"hires_scale": 2.0, "hires_strength": 0.5, "hires_steps": 9}
-    assert "Denoising strength: 0.5, Hires upscale: 2.0, Hires steps: 9" in a1111_parameters(hires)
-
-
-def test_pictures_without_our_metadata_say_so(tmp_path: Path) -> None:
-    Image.fromarray(RGB).save(tmp_path / "plain.png")
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("sdkit", "{")
-    Image.fromarray(RGB).save(tmp_path / "damaged.png", pnginfo=chunks)
-    for name, message in (("plain.png", "no sdkit metadata"), ("damaged.png", "damaged sdkit metadata")):
-        with pytest.raises(SDKitError, match=f"{name}: {message}"):
-            read_parameters(tmp_path / name)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_png(Image.fromarray(RGB), tmp_path / "a.png", {"seed": 1})
-    before = path.read_bytes()
-    with pytest.raises(ConfigError, match="metadata that JSON cannot hold"):
-        write_png(Image.fromarray(RGB), path, {"seed": float("nan")})
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SDKitError, match=r"a\.png: cannot be written \(No space left on device\)"):
-        write_png(Image.fromarray(RGB), path, {"seed": 2})
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
-
-
-@pytest.mark.parametrize("target", ["missing/a.png", "folder"])
-def test_unwritable_targets_are_named(tmp_path: Path, target: str) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(SDKitError, match=f"{target}: cannot be written"):
-        write_png(Image.fromarray(RGB), tmp_path / target)
-    assert os.listdir(tmp_path) == ["folder"] and not os.listdir(tmp_path / "folder")
-
-
-def test_grid_places_every_picture_whole() -> None:
-    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
-    pictures = [Image.new("RGB", (40, 30), c) for c in colours]
-    sheet = grid(pictures, columns=2, gap=4)
-    assert sheet.size == (2 * 44 + 4, 2 * 34 + 4)
-    pixels = np.asarray(sheet).reshape(-1, 3)
-    assert [int((pixels == c).all(1).sum()) for c in colours] == [1200] * 3
-    captioned = grid(pictures, columns=2, captions=["one", "a caption of many words that has to wrap", ""], gap=4)
-    assert captioned.width == sheet.width and captioned.height > sheet.height + 2 * 3 * 12
-    pixels = np.asarray(captioned).reshape(-1, 3)
-    assert [int((pixels == c).all(1).sum()) for c in colours] == [1200] * 3, "a caption covers a picture"
-    with pytest.raises(ConfigError, match="2 captions for 3 pictures"):
-        grid(pictures, 2, ["a", "b"])
-    with pytest.raises(ConfigError):
-        grid([], 2)

@@ -1,4 +1,4 @@
-"""What a prompt's text says: tags, weights, and tokens with the words and triggers that they come from."""
+"""Tokens, with the words and triggers that they come from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from sdkit.errors import ConfigError
-from sdkit.prompts.emphasis import BREAK, parse_weights
-from sdkit.prompts.tags import ExtraNetwork, split_extra_networks
 from sdkit.prompts.tokenizer import clip_tokenizer
 from sdkit.prompts.tokens import prompt_tokens
 
@@ -34,98 +32,6 @@ def found(prompt: str, **options: Any) -> list[str]:
     tokens = [token for chunk in prompt_tokens(tokenizer(), prompt, **options) for token in chunk]
     runs = [list(group) for _, group in groupby(tokens, key=lambda token: token.word_index)]
     return [run[0].word + (f"*{len(run)}" if run[0].vector is not None else "") for run in runs]
-
-
-# Extra networks
-
-
-@pytest.mark.parametrize(
-    ("prompt", "rest", "networks"),
-    [
-        ("a cat", "a cat", []),
-        ("a <lora:ink:0.8> cat", "a  cat", [ExtraNetwork("lora", "ink", 0.8)]),
-        (
-            "<hypernet:fur>cat<lora:my style v1.2 : -.5 >",
-            "cat",
-            [ExtraNetwork("hypernet", "fur", 1.0), ExtraNetwork("lora", "my style v1.2", -0.5)],
-        ),
-        ("(cat <LoRA:a:1>:1.3)", "(cat :1.3)", [ExtraNetwork("lora", "a", 1.0)]),
-        ("<lora:a><lora:a:0>", "", [ExtraNetwork("lora", "a", 1.0), ExtraNetwork("lora", "a", 0.0)]),
-        ("a <cat-toy> <lora> <other:x:1> 1 < 2 > 0", "a <cat-toy> <lora> <other:x:1> 1 < 2 > 0", []),
-    ],
-)
-def test_tags_are_taken_out(prompt: str, rest: str, networks: list[ExtraNetwork]) -> None:
-    assert split_extra_networks(prompt) == (rest, networks)
-
-
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "<lora:>",
-        "<lora: :1>",
-        "<lora::1>",
-        "<lora:a:>",
-        "<lora:a:b>",
-        "<lora:a:1:1>",
-        "<lora:a:nan>",
-        "<lora:a:1",
-        "<lora:a",
-        "<hypernet:a:1,2>",
-        "<lora:a:" + "9" * 400 + ">",
-        "<lora:<lora:a:1>",
-    ],
-)
-def test_a_malformed_tag_is_quoted(tag: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected <(lora|hypernet):NAME> or") as caught:
-        split_extra_networks(f"a {tag} cat")
-    assert f"found '{tag[:6]}" in str(caught.value)
-
-
-# Weights
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("", [("", 1)]),
-        ("normal text", [("normal text", 1)]),
-        ("an (important) word", [("an ", 1), ("important", 1.1), (" word", 1)]),
-        ("(unbalanced", [("unbalanced", 1.1)]),
-        ("[un(balanced", [("un", 1 / 1.1), ("balanced", 1)]),
-        ("stray) ]", [("stray) ]", 1)]),
-        (r"\(literal\] \\ \[x\)", [(r"(literal] \ [x)", 1)]),
-        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
-        ("((a)) [[b]]", [("a", 1.21), (" ", 1), ("b", 1 / 1.21)]),
-        ("(a:1.0)b", [("ab", 1)]),
-        ("(a : .5 )(b:-2)(c:+3.)", [("a ", 0.5), ("b", -2), ("c", 3)]),
-        ("a:1.3) 4:3 (x:y)", [("a:1.3) 4:3 ", 1), ("x:y", 1.1)]),
-        ("(1.2.3:1.2.3)", [("1.2.3:1.2.3", 1.1)]),
-        (
-            "a (house:1.3) [on] a (hill:0.5), sun, (((sky))).",
-            [
-                ("a ", 1),
-                ("house", 1.3),
-                (" ", 1),
-                ("on", 1 / 1.1),
-                (" a ", 1),
-                ("hill", 0.5),
-                (", sun, ", 1),
-                ("sky", 1.331),
-                (".", 1),
-            ],
-        ),
-        ("a (house:1.3 (b", [("a ", 1), ("house:1.3 ", 1.1), ("b", 1.21)]),
-        ("a BREAK b BREAKING", [("a", 1), BREAK, ("b BREAKING", 1)]),
-        ("(a BREAK b:2)", [("a", 2), BREAK, ("b", 2)]),
-    ],
-)
-def test_grammar(prompt: str, expected: list[tuple[str, float]]) -> None:
-    found = parse_weights(prompt)
-    assert [text for text, _ in found] == [text for text, _ in expected]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
-
-
-# Tokens
 
 
 @pytest.mark.parametrize("pad", [49407, 0])

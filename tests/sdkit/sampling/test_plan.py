@@ -1,7 +1,8 @@
-"""The loop: order of calls and draws, guidance, the step callback, precision, and errors."""
+"""Plans as data, and the loop: order of calls and draws, guidance, the step callback, precision, and errors."""
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sdkernels
-from sdkit.errors import NumericalError
+from sdkit.errors import ConfigError, NumericalError
 from sdkit.sampling.guidance import Guidance, combine, rescale
 from sdkit.sampling.plan import Plan, denoise
 from sdkit.sampling.planning import make_plan
@@ -324,3 +325,16 @@ def test_no_calls_give_the_start() -> None:
     start = plan.start(normal(), normal(1))
     assert torch.equal(denoise(plan, lambda x, k: (None, x), start, no_noise), start)
     assert torch.equal(start, normal(1))
+
+
+def test_a_plan_is_data() -> None:
+    plan = make_plan("heun", NoiseSchedule(), 4, sigmas="karras")
+    assert plan == make_plan("heun", NoiseSchedule(), 4, sigmas="karras")
+    assert plan != make_plan("heun", NoiseSchedule(), 4)
+    for kept in (plan, make_plan("ddim", NoiseSchedule(), 4, strength=0), make_plan("ddpm", NoiseSchedule(), 3)):
+        assert Plan.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
+    lines = str(plan).splitlines()
+    assert len(lines) == 2 + 7 * 3  # a heading, the columns, three registers for each of seven calls
+    assert [float(word) for word in lines[2].split()[5:]] == pytest.approx(plan.coefficients[0, 0].tolist(), rel=1e-5)
+    with pytest.raises(ConfigError, match="plan"):
+        Plan.from_dict({"sampler": "ddim"})

@@ -1,24 +1,20 @@
-"""Plans as data: their table, their spacing, how much of it is run, and the errors of make_plan."""
+"""Plans: their table, their timesteps, how much of them is run, and the errors of make_plan."""
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
-import scipy.stats  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 from sdkit.errors import ConfigError
-from sdkit.sampling.plan import Plan
 from sdkit.sampling.planning import make_plan, steps_to_run
 from sdkit.sampling.samplers import SAMPLERS
 from sdkit.sampling.schedule import NoiseSchedule
-from sdkit.sampling.spacing import spaced_sigmas, times_of
 
 
 def toy(x: Tensor, t: Tensor) -> Tensor:
@@ -166,35 +162,6 @@ def test_trailing_has_as_many_timesteps_as_asked(name: str, steps: int) -> None:
         assert [t for t in dict.fromkeys(plan.timesteps.tolist()) if t in times] == times
     assert torch.isfinite(plan.coefficients).all()
     assert plan.num_steps == steps
-
-
-def test_spacings_of_sigma() -> None:
-    high, low = 14.6, 0.03
-    karras, exponential, beta = (spaced_sigmas(kind, 9, high, low) for kind in ("karras", "exponential", "beta"))
-    for sigmas in (karras, exponential, beta):
-        np.testing.assert_allclose(sigmas[[0, -1]], [high, low], rtol=1e-12)
-    np.testing.assert_allclose(np.diff(karras ** (1 / 7), 2), 0, atol=1e-12)
-    np.testing.assert_allclose(np.diff(np.log(exponential), 2), 0, atol=1e-12)
-    quantiles = scipy.stats.beta.ppf(1 - np.linspace(0, 1, 9), 0.6, 0.6)
-    np.testing.assert_allclose((beta - low) / (high - low), quantiles, rtol=1e-12, atol=1e-14)
-
-
-def test_times_of_inverts_the_table() -> None:
-    schedule = NoiseSchedule()
-    np.testing.assert_allclose(times_of(schedule.sigmas.numpy(), schedule), np.arange(1000), atol=1e-9)
-
-
-def test_a_plan_is_data() -> None:
-    plan = make_plan("heun", NoiseSchedule(), 4, sigmas="karras")
-    assert plan == make_plan("heun", NoiseSchedule(), 4, sigmas="karras")
-    assert plan != make_plan("heun", NoiseSchedule(), 4)
-    for kept in (plan, make_plan("ddim", NoiseSchedule(), 4, strength=0), make_plan("ddpm", NoiseSchedule(), 3)):
-        assert Plan.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
-    lines = str(plan).splitlines()
-    assert len(lines) == 2 + 7 * 3  # a heading, the columns, three registers for each of seven calls
-    assert [float(word) for word in lines[2].split()[5:]] == pytest.approx(plan.coefficients[0, 0].tolist(), rel=1e-5)
-    with pytest.raises(ConfigError, match="plan"):
-        Plan.from_dict({"sampler": "ddim"})
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
-"""Previews, the film strip, and the plots of a plan."""
+"""Previews and the film strip."""
 
 from __future__ import annotations
 
 import gc
-import math
 import weakref
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +14,8 @@ from torch import Tensor, nn
 from sdkit.errors import ConfigError, NumericalError
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae import AutoencoderKL
-from sdkit.sampling.plan import Plan
-from sdkit.sampling.planning import make_plan
-from sdkit.sampling.plot import draw_levels
-from sdkit.sampling.schedule import NoiseSchedule
 from sdkit.viewing import previews as preview
 from sdkit.viewing.previews import Preview, Previewer, film_strip, latent_to_rgb, rgb_projection
-from sdkit.viewing.trajectory import trajectory_figure
 
 CONFIG = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 2,
@@ -140,83 +132,3 @@ def test_film_strip_layout() -> None:
         film_strip(frames, ["a"])
     with pytest.raises(ConfigError, match="no frame"):
         film_strip([])
-
-
-def drawn(plan: Plan) -> Any:
-    """The axes that ``draw_levels`` drew into."""
-    from matplotlib.figure import Figure
-
-    axes = Figure().add_subplot()
-    draw_levels(axes, plan.levels, plan.timesteps, plan.draws_noise, plan.title)
-    return axes
-
-
-def marks(axes: Any) -> dict[str, dict[float, float]]:
-    """Height by call, of each kind of mark."""
-    kinds = (line for line in axes.lines if not line.get_label().startswith("_"))
-    return {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in kinds}
-
-
-def test_plan_is_drawn_as_the_schedule_has_it() -> None:
-    """Heights against the noise schedule, through the timesteps: not through what the plan says of its levels."""
-    schedule = NoiseSchedule()
-    plan = make_plan("ddpm", schedule, 7, timestep_spacing="leading")  # at timestep 0 it draws nothing
-    acp = schedule.alphas_cumprod[plan.timesteps.long()]
-    axes = drawn(plan)
-    found = marks(axes)
-    assert set(found) == {"network call that draws noise", "network call", "end, no noise"}
-    calls = found["network call that draws noise"] | found["network call"]
-    assert sorted(calls) == list(range(7)) and list(found["end, no noise"]) == [7]
-    assert np.allclose([calls[k] for k in range(7)], ((1 - acp) / acp).sqrt().numpy(), rtol=1e-9)
-    assert list(found["network call"]) == [k for k in range(7) if not plan.draws_noise[k]]
-    assert found["end, no noise"][7] == axes.get_ylim()[0] < min(calls.values()), "sigma 0 lies on the edge"
-    assert axes.get_yscale() == "log" and axes.lines[6].get_linestyle() == ":" != axes.lines[5].get_linestyle()
-    top = axes.child_axes[0]
-    assert [label.get_text() for label in top.get_xticklabels()] == [f"{t:.0f}" for t in plan.timesteps]
-
-
-def test_plan_without_signal_and_plan_without_calls() -> None:
-    dark = NoiseSchedule(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    axes = drawn(make_plan("ddim", dark, 5))
-    first, second, *_ = marks(axes)["network call"].values()
-    assert first == axes.get_ylim()[1] and math.isfinite(first) and first > second
-    assert axes.lines[0].get_linestyle() == ":"
-    assert set(marks(drawn(make_plan("ddim", NoiseSchedule(), 5, strength=0.0)))) == {"end"}
-    assert make_plan("heun", NoiseSchedule(), 60).plot().size == (880, 462)
-
-
-def test_plot_is_written_too(tmp_path: Path) -> None:
-    plan = make_plan("euler", NoiseSchedule(), 4)
-    picture = plan.plot(tmp_path / "plan.png")
-    with Image.open(tmp_path / "plan.png") as written:
-        assert np.array_equal(np.asarray(written), np.asarray(picture))
-    assert not np.array_equal(np.asarray(picture), np.asarray(make_plan("heun", NoiseSchedule(), 4).plot()))
-
-
-def test_trajectory_shows_the_previews_in_order_below_the_plan() -> None:
-    plan = make_plan("ddim", NoiseSchedule(), 12)
-    colours = [(20 * k + 10, 230 - 20 * k, 77) for k in range(12)]
-    other = (90, 5, 190)
-    previews = [
-        Preview(k, float(plan.timesteps[k]), [Image.new("RGB", (8, 8), other), Image.new("RGB", (8, 8), colours[k])])
-        for k in range(12)
-    ]
-    final = Image.new("RGB", (8, 8), (250, 5, 5))
-
-    def columns(figure: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
-        rows, found = np.nonzero((np.asarray(figure) == colour).all(2))
-        assert not len(rows) or rows.min() > figure.height / 2
-        return found
-
-    figure = trajectory_figure(plan, previews, 1, final, most=4)
-    places = [columns(figure, colour) for colour in [*(colours[k] for k in (0, 4, 7, 11)), (250, 5, 5)]]
-    assert all(len(place) > 10_000 for place in places)
-    means = [place.mean() for place in places]
-    assert means == sorted(means)
-    assert not len(columns(figure, colours[5])) and not len(columns(figure, other))
-    assert trajectory_figure(plan, previews, 1, final, most=12).width > figure.width
-    assert not len(columns(trajectory_figure(plan, previews[:2], 1), (250, 5, 5)))
-    with pytest.raises(ConfigError, match="found 0"):
-        trajectory_figure(plan, [])
-    with pytest.raises(ConfigError, match="call 11 of 5"):
-        trajectory_figure(make_plan("ddim", NoiseSchedule(), 5), previews)

@@ -1,0 +1,174 @@
+"""LoRA files of others: peft's, diffusers', every spelling of a key; and files that are refused."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import finetune
+from finetune.lora.reading import DIFFUSERS_FILE, METADATA, read_lora
+from finetune.lora.targets import match_targets
+from finetune.lora.writing import write_lora
+from sdkit.errors import CheckpointError
+from sdkit.stable_diffusion import StableDiffusion
+from tests.conftest import draw, relative_error
+from tests.finetune.lora.cases import BAR, case
+from tests.finetune.tiny import latents, places, their_latents
+
+pytestmark = [
+    pytest.mark.usefixtures("clean"),
+    pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning"),  # of diffusers' scheduler
+]
+
+THEIRS: dict[str, peft.PeftConfig] = {
+    "lora": peft.LoraConfig(
+        r=4,
+        lora_alpha=2,
+        use_rslora=True,
+        rank_pattern={"attn2.to_k": 2},
+        alpha_pattern={"to_v": 5},
+        target_modules=["to_q", "to_k", "to_v", "proj_in"],
+    ),
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["to_k", "conv1"]),
+    "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["to_k", "conv2"], use_effective_conv2d=True),
+    "lokr": peft.LoKrConfig(r=2, alpha=3, target_modules=["to_k", "conv2"]),
+}
+
+
+def draw_adapters(network: nn.Module) -> nn.Module:
+    for name, parameter in network.named_parameters():
+        if re.search("lora_|hada_|lokr_", name):
+            values = draw(name, tuple(parameter.shape)).float()
+            parameter.data = 1 + 0.2 * values if "magnitude" in name else 0.3 * values
+    return network
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_folder_that_peft_wrote(sd: StableDiffusion, pipe: Any, kind: str, tmp_path: Path) -> None:
+    whole = copy.copy(pipe)
+    whole.unet = draw_adapters(peft.get_peft_model(copy.deepcopy(pipe.unet), THEIRS[kind])).eval()
+    whole.unet.save_pretrained(tmp_path / "it")
+    finetune.load_lora(sd, tmp_path / "it")
+    assert relative_error(latents(sd), their_latents(whole)) < BAR
+
+
+def test_a_file_that_diffusers_wrote(sd: StableDiffusion, pipe: Any, tmp_path: Path) -> None:
+    pipe.unet.add_adapter(copy.deepcopy(THEIRS["lora"]))
+    draw_adapters(pipe.unet)
+    layers = peft.get_peft_model_state_dict(pipe.unet)
+    metadata = pipe.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    theirs = their_latents(pipe)
+    pipe.unload_lora_weights()
+    finetune.load_lora(sd, tmp_path, name="it")
+    assert relative_error(latents(sd), theirs) < BAR
+
+
+def up_and_down(key: str, name: str) -> str:
+    return key.replace("lora_A", f"{name}.down").replace("lora_B", f"{name}.up")
+
+
+def old_diffusers(key: str) -> str:
+    """The names of diffusers' first LoRAs: attention processors, and to_out without its number."""
+    key = re.sub(r"(attn\d)\.to_(q|k|v|out)(\.0)?\.lora_(A|B)", r"\1.processor.to_\2_lora.\4", key)
+    key = re.sub(r"self_attn\.(q|k|v|out)_proj\.lora_(A|B)", r"self_attn.to_\1_lora.\2", key)
+    key = re.sub(r"(mlp\.fc\d)\.lora_(A|B)", r"\1.lora_linear_layer.\2", key)
+    return key.replace(".A.weight", ".down.weight").replace(".B.weight", ".up.weight")
+
+
+SPELLINGS = {
+    "old diffusers": old_diffusers,
+    "attn_procs, without the network": lambda key: old_diffusers(key).removeprefix("unet."),
+    ".lora.down": lambda key: up_and_down(key, "lora"),
+    "lora_linear_layer": lambda key: up_and_down(key, "lora_linear_layer"),
+    "without text_model": lambda key: key.replace("text_model.", ""),
+    "peft's prefix": lambda key: re.sub(r"^(unet|text_encoder)\.", "base_model.model.", key),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_names_for_the_same(sd: StableDiffusion, spelling: str, tmp_path: Path) -> None:
+    updates = case(sd, "attention", text=True)
+    write_lora(updates, tmp_path / "new.safetensors")
+    renamed = {SPELLINGS[spelling](k): v for k, v in load_file(tmp_path / "new.safetensors").items()}
+    assert renamed.keys() != load_file(tmp_path / "new.safetensors").keys()
+    save_file(renamed, tmp_path / "old.safetensors")
+    read = read_lora(tmp_path / "old.safetensors", places(sd))
+    assert read.keys() == updates.keys()
+    assert all(torch.equal(read[target].delta(), updates[target].delta()) for target in updates)
+
+
+def test_a_pickled_file_and_the_second_name_of_kohyas_text_encoder(sd: StableDiffusion, tmp_path: Path) -> None:
+    updates = case(sd, "attention", text=True)
+    write_lora(updates, tmp_path / "it.safetensors", "kohya")
+    state = {k.replace("lora_te_", "lora_te1_"): v for k, v in load_file(tmp_path / "it.safetensors").items()}
+    torch.save(state, tmp_path / "it.pt")
+    assert read_lora(tmp_path / "it.pt", places(sd)).keys() == updates.keys()
+
+
+def test_alphas_and_their_absence(sd: StableDiffusion, tmp_path: Path) -> None:
+    """kohya's alpha tensor; peft's config with rsLoRA and patterns in diffusers' header; scale 1 where neither is."""
+    target, other = match_targets(places(sd), ["attn2.to_k"])[:2]
+
+    def tensors(module: str, down: str, up: str, width: int) -> dict[str, torch.Tensor]:
+        return {f"{module}.{down}.weight": torch.ones(4, 32), f"{module}.{up}.weight": torch.ones(width, 4)}
+
+    state = {k: v for s in (target, other) for k, v in tensors(s.kohya, "lora_down", "lora_up", s.shape[0]).items()}
+    save_file(state | {f"{target.kohya}.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors")
+    read = read_lora(tmp_path / "a.safetensors", places(sd))
+    assert (read[target].scale, read[other].scale) == (0.5, 1.0)
+
+    state = {k: v for s in (target, other) for k, v in tensors(s.diffusers, "lora_A", "lora_B", s.shape[0]).items()}
+    config = {"unet.r": 4, "unet.lora_alpha": 2, "unet.use_rslora": True, "unet.alpha_pattern": {other.path: 6}}
+    save_file(state, tmp_path / "b.safetensors", {METADATA: json.dumps(config)})
+    read = read_lora(tmp_path / "b.safetensors", places(sd))
+    assert (read[target].scale, read[other].scale) == (1.0, 3.0)
+
+
+def spoiled(state: dict[str, torch.Tensor], key: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in (state | {key: value}).items() if v is not None}
+
+
+def test_a_bad_file_is_one_line_that_names_it(sd: StableDiffusion, tmp_path: Path) -> None:
+    write_lora(case(sd, "cross_attention"), tmp_path / "good.safetensors", "kohya")
+    good = load_file(tmp_path / "good.safetensors")
+    module = next(k for k in good if k.endswith("to_k.alpha")).removesuffix(".alpha")
+    down, up = f"{module}.lora_down.weight", f"{module}.lora_up.weight"
+    bad = {
+        "widths": (spoiled(good, down, torch.ones(4, 48)), r"attn2\.to_k.* expected an update of \[16, 32\], .*48"),
+        "rows": (spoiled(good, up, torch.ones(48, 4)), r"attn2\.to_k.*expected an update of \[16, 32\], found \[48"),
+        "ranks": (spoiled(good, up, torch.ones(16, 5)), r"attn2\.to_k.*\[16, 5\] @ \[4, 32\]"),
+        "only_down": (spoiled(good, up, None), r"attn2\.to_k.*expected down and up.*found down"),
+        "key": (spoiled(good, f"{module}.oft_blocks", torch.ones(1)), r"1 of \d+ keys.*oft_blocks"),
+        "module": (spoiled(good, down.replace("to_k", "to_w"), torch.ones(4, 32)), "to_w.*no such module"),
+        "twice": (
+            spoiled(good, "unet." + places(sd)[0].path + ".alpha", torch.ones(()))
+            | {places(sd)[0].kohya + ".alpha": torch.ones(())},
+            "its alpha is there twice",
+        ),
+        "nan": (spoiled(good, up, torch.full((16, 4), torch.nan)), r"attn2\.to_k.*finite"),
+        "lokr": ({f"{module}.lokr_w1_a": torch.ones(2, 2)}, "LoKr.*found lokr_w1_a"),
+        "loha": ({f"{module}.hada_{w}": torch.ones(3, 3) for w in ("w1_a", "w1_b", "w2_a", "w2_b")}, r"\[16, 32\]"),
+        "magnitude": (spoiled(good, f"{module}.dora_scale", torch.ones(7, 1)), r"16 rows.*\[7, 1\]"),
+        "foreign": (dict(sd.vae.state_dict()), "keys are not understood, the first decoder"),
+    }
+    for name, (state, message) in bad.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file(state, path)
+        with pytest.raises(CheckpointError, match=message) as raised:
+            finetune.load_lora(sd, path)
+        assert str(path) in str(raised.value) and "\n" not in str(raised.value), name
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes((tmp_path / "good.safetensors").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"truncated\.safetensors: truncated"):
+        finetune.load_lora(sd, truncated)
+    with pytest.raises(CheckpointError, match=f"no LoRA here: expected {DIFFUSERS_FILE}"):
+        finetune.load_lora(sd, tmp_path)
+    assert finetune.list_adapters(sd) == {}

@@ -1,0 +1,55 @@
+"""Captions of tabletop scenes: the grammar against the objects and their positions."""
+
+from __future__ import annotations
+
+import re
+
+from finetune.pretrain.world.captions import WORDS, captions, pair_prompt, single_prompt
+from finetune.pretrain.world.scenes import COLORS, MATERIALS, SHAPES, SIZES, sample_scenes
+from tests.finetune.pretrain.world.drawn import pairs
+
+SYNONYM = {word: shape for shape in SHAPES for word in WORDS[shape]}
+ADJECTIVES = "|".join(word for name in SIZES + MATERIALS for word in WORDS[name])
+NOUN = re.compile(rf"\b({'|'.join(COLORS)})(?: (?:{ADJECTIVES})){{0,2}} ({'|'.join(SYNONYM)})\b")
+
+
+def test_captions_name_every_object_and_nothing_else() -> None:
+    scenes = sample_scenes(1500, 7)
+    for i, caption in enumerate(captions(scenes, 8)):
+        named = [(color, SYNONYM[noun]) for color, noun in NOUN.findall(caption)]
+        assert sorted(named) == sorted(pairs(scenes[i : i + 1])), caption
+        assert re.fullmatch(r"[a-z, ]+", caption) and "  " not in caption, caption
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption), caption
+        words = set(re.findall(r"\w+", caption))
+        count = int(scenes.count[i])
+        for names, attribute in ((SIZES, scenes.size[i]), (MATERIALS, scenes.material[i])):
+            for k, name in enumerate(names):
+                assert not words & set(WORDS[name]) or k in attribute[:count].tolist(), caption
+
+
+def test_relations_in_captions_are_true_of_the_positions() -> None:
+    scenes = sample_scenes(1500, 9, counts=(0.0, 1.0, 0.0))
+    told = dict.fromkeys(("left of", "right of", "in front of", "behind", "on the left and", "on the right and"), 0)
+    for i, caption in enumerate(captions(scenes, 10)):
+        phrase = next((p for p in told if p in caption), None)
+        if phrase is None:
+            continue
+        told[phrase] += 1
+        slots = {pair: k for k, pair in enumerate(pairs(scenes[i : i + 1]))}
+        first, second = (slots[color, SYNONYM[noun]] for color, noun in NOUN.findall(caption))
+        dx, dz = (scenes.position[i, first] - scenes.position[i, second]).tolist()
+        side = -dx if "left" in phrase else dx if "right" in phrase else -dz if "front" in phrase else dz
+        assert side > 0.045 and side >= max(abs(dx), abs(dz)), caption
+    assert sum(told.values()) > 0.5 * len(scenes) and min(told.values()) > 5
+
+
+def test_plain_captions_are_common() -> None:
+    scenes = sample_scenes(2000, 12)
+    item = rf"an? (?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})"
+    plain = re.compile(rf"{item}(?:(?:, {item})? and {item})?(?: on a (?:white|grey|black|wooden) table)?")
+    share = sum(bool(plain.fullmatch(c)) for c in captions(scenes, 13)) / 2000
+    assert 0.22 < share < 0.42
+    assert plain.fullmatch(single_prompt("orange", "cone"))
+    assert single_prompt("orange", "cone") == "an orange cone"
+    assert pair_prompt(("red", "sphere"), ("blue", "cube")) == "a red sphere and a blue cube"
+    assert pair_prompt(("red", "sphere"), ("blue", "cube"), "front") == "a red sphere in front of a blue cube"

@@ -1,0 +1,95 @@
+"""The commands that make pictures, and make them again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sdkit.generation.png import read_parameters, write_png
+from tests.conftest import read_image
+from tests.sdkit.cli.conftest import FakeStableDiffusion, Run
+
+
+def test_defaults_and_the_film_strip(run: Run, fake: type[FakeStableDiffusion]) -> None:
+    status, out, _ = run("txt2img", "a cube", "--strip")
+    assert status == 0 and fake.loaded[0] == ("tabletop", {})
+    assert fake.calls[0]["preview_every"] == 4 and fake.calls[0]["num_inference_steps"] == 30
+    assert sorted(os.listdir()) == ["out-strip.png", "out.png"] and "out-strip.png" in out
+    assert read_image("out-strip.png").width > 8 * 160
+
+
+def test_reproduce_passes_on_what_the_picture_says(run: Run, fake: type[FakeStableDiffusion]) -> None:
+    run("txt2img", "a cube", "--seed", "3", "--steps", "9", "--num", "2", "--sampler", "heun", "--model", "m")
+    status, out, _ = run("reproduce", "out-0002.png", "again.png")
+    assert status == 0 and "again.png  seed 4" in out
+    first, again = fake.calls
+    not_held = ("max_batch_size", "vae_tiling")
+    held = {name: value for name, value in first.items() if name not in not_held}
+    assert again == {**held, "seed": 4, "width": 8, "num_images_per_prompt": 1}
+    assert read_parameters("again.png") == read_parameters("out-0002.png")
+    assert np.array_equal(np.asarray(read_image("again.png")), np.asarray(read_image("out-0002.png")))
+    assert run("reproduce", "out-0001.png", "b.png", "--model", "other.ckpt")[0] == 0
+    assert [entry[0] for entry in fake.loaded] == ["m", "m", "other.ckpt"]
+
+
+def test_reproduce_says_what_is_missing(run: Run, fake: type[FakeStableDiffusion]) -> None:
+    picture = Image.new("RGB", (8, 8))
+    picture.save("plain.png")
+    write_png(picture, "half.png", {"prompt": "x", "seed": 1})
+    write_png(picture, "anonymous.png", {"prompt": "x", "seed": 1, "num_inference_steps": 2})
+    for name, message in (
+        ("plain.png", "plain.png: no sdkit metadata"),
+        ("half.png", "half.png: the metadata lacks num_inference_steps"),
+        ("anonymous.png", "anonymous.png: the metadata names no model"),
+        ("missing.png", "missing.png: no such file"),
+    ):
+        status, _, err = run("reproduce", name, "b.png")
+        assert status == 1 and message in err and err.count("\n") == 1
+    assert not fake.loaded and not Path("b.png").exists()
+
+
+def test_the_real_pipeline_end_to_end(run: Run, tiny: Path) -> None:
+    common = ("--model", tiny, "--steps", "4", "--seed", "11", "--device", "cpu")
+    status, out, err = run("txt2img", "a red cube", *common, "--negative", "blur", "--sampler", "euler_a")
+    assert (status, err) == (0, "") and out.startswith("out.png  seed 11"), err
+    assert read_image("out.png").size == (16, 16)
+    assert run("reproduce", "out.png", "again.png", "--device", "cpu")[0] == 0
+    assert np.array_equal(np.asarray(read_image("again.png")), np.asarray(read_image("out.png")))
+    assert read_parameters("again.png") == read_parameters("out.png")
+    status, out, err = run(
+        "txt2img", "x", *common, "--num", "2", "--strip", "--preview-every", "2", "--width", "24", "--height", "8"
+    )
+    assert (status, err) == (0, ""), err
+    names = [f"out-000{n}{what}.png" for n in (1, 2) for what in ("", "-step00", "-step02", "-strip")]
+    assert sorted(os.listdir()) == sorted(["again.png", "out.png", *names])
+    assert read_image("out-0001-step02.png").size == read_image("out-0002.png").size == (24, 8)
+
+
+def test_image_tasks_end_to_end_and_again(run: Run, tiny: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(colours).save("a.png")
+    white = np.zeros((16, 24), np.uint8)
+    white[4:, 8:] = 255
+    Image.fromarray(white).save("m.png")
+    assert run("convert", tiny / "vae", "vae.safetensors")[0] == 0
+    common = ("--image", "a.png", "--model", tiny, "--steps", "5", "--seed", "3", "--device", "cpu")
+    common += ("--vae", "vae.safetensors")
+    for name, command in (("b", ("img2img", "x", "--strength", "0.4")), ("c", ("inpaint", "x", "--mask", "m.png"))):
+        status, _, err = run(*command, *common, "--out", f"{name}.png")
+        assert (status, err) == (0, ""), err
+        assert read_image(f"{name}.png").size == (24, 16)
+        assert run("reproduce", f"{name}.png", f"{name}2.png", "--device", "cpu")[0] == 0
+        pair = [np.asarray(read_image(file)) for file in (f"{name}.png", f"{name}2.png")]
+        assert np.array_equal(*pair) and not np.array_equal(pair[0], colours)
+        assert read_parameters(f"{name}.png") == read_parameters(f"{name}2.png")
+    assert np.array_equal(pair[0][white == 0], colours[white == 0])
+    assert read_parameters("c.png")["files"].keys() == {"a.png", "m.png", "vae.safetensors"}
+    Image.fromarray(colours[::-1].copy()).save("a.png")
+    status, _, err = run("reproduce", "b.png", "again.png", "--device", "cpu")
+    assert status == 1 and "a.png: not the file that made b.png" in err and err.count("\n") == 1
+    Path("a.png").unlink()
+    status, _, err = run("reproduce", "b.png", "again.png", "--device", "cpu")
+    assert status == 1 and "a.png: no such file" in err and not Path("again.png").exists()

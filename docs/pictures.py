@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import sdkit
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.sampling.samplers import SAMPLERS
 from sdkit.viewing.attention_sheet import attention_sheet
 from sdkit.viewing.previews import rgb_projection
@@ -26,7 +26,7 @@ def enlarged(image: Image.Image, side: int = 128) -> Image.Image:
 
 
 def row(images: list[Image.Image], captions: list[str], columns: int | None = None) -> Image.Image:
-    return grid([enlarged(image) for image in images], columns or len(images), captions)
+    return contact_sheet([enlarged(image) for image in images], columns or len(images), captions)
 
 
 def samplers(sd: sdkit.StableDiffusion) -> Image.Image:
@@ -76,7 +76,9 @@ def hires(sd: sdkit.StableDiffusion) -> Image.Image:
         draw(sd, PROMPT, seed=2, **size),
         draw(sd, PROMPT, seed=2, hires_scale=2.0, hires_strength=0.1),
     ]
-    return grid([enlarged(image, 256) for image in images], 3, ["64 x 64", "128 x 128 at once", "hires_scale 2"])
+    return contact_sheet(
+        [enlarged(image, 256) for image in images], 3, ["64 x 64", "128 x 128 at once", "hires_scale 2"]
+    )
 
 
 def variations(sd: sdkit.StableDiffusion) -> Image.Image:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sdkit.adapter_kinds import AdapterKind, adapter_kinds
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.prompts.tags import ExtraNetwork
 
 if TYPE_CHECKING:
     from sdkit.diffusion_model import DiffusionModel
@@ -273,17 +274,8 @@ def forget_if_none(sd: DiffusionModel, kind_name: str) -> None:
         sd.extra_networks.pop(kind.tag, None)
 
 
-class Wanted(Protocol):
-    """An adapter that a prompt asks for, by ``<lora:name:0.8>``."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-
-
 @contextmanager
-def in_force(sd: DiffusionModel, kind: AdapterKind, wanted: Sequence[Wanted]) -> Generator[None]:
+def in_force(sd: DiffusionModel, kind: AdapterKind, wanted: Sequence[ExtraNetwork]) -> Generator[None]:
     """While inside, the adapters of a kind that a prompt names run with the prompt's weights; the others as they do.
 
     Raises ConfigError for a name that the model does not have.
@@ -303,7 +295,7 @@ def in_force(sd: DiffusionModel, kind: AdapterKind, wanted: Sequence[Wanted]) ->
                 _switch(sd, kind, [name], on=False)
 
 
-def _weights(kind: AdapterKind, wanted: Sequence[Wanted], known: Mapping[str, Adapter]) -> dict[str, float]:
+def _weights(kind: AdapterKind, wanted: Sequence[ExtraNetwork], known: Mapping[str, Adapter]) -> dict[str, float]:
     """The weight of each adapter that a prompt names, added up; torch cannot have the dots of a file's name."""
     weights: dict[str, float] = {}
     for network in wanted:

@@ -31,8 +31,9 @@ from finetune.vae_decoder.loss import DecoderBatch, DecoderLoss, DecoderLossConf
 from finetune.vae_decoder.metrics import load_inception, measure
 from sdkit.checkpoints import loading
 from sdkit.errors import ConfigError
+from sdkit.files import write_text
 from sdkit.images.pixels import open_image, to_pil
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.networks.layers import ResnetBlock2D
 from sdkit.networks.vae import AutoencoderKL
 from sdkit.networks.vae_blocks import AttentionBlock
@@ -129,7 +130,7 @@ def main(
     if accelerator.is_main_process:
         print(said, flush=True)
         model.output.mkdir(parents=True, exist_ok=True)
-        (model.output / "config.toml").write_text(to_toml(model, data_config, loss_config, config, sampling))
+        write_text(model.output / "config.toml", to_toml(model, data_config, loss_config, config, sampling))
         before = figures(vae)
     if model.gradient_checkpointing:
         checkpoint_activations(vae.decoder, RECOMPUTED)
@@ -216,7 +217,7 @@ def sample_sheet(vae: AutoencoderKL, views: Sequence[View]) -> Image.Image:
     """The pictures, and below each what the VAE makes of it."""
     originals = [pixels(view).to(vae.device) for view in views]
     both = [*originals, *(vae(x) for x in originals)]
-    return grid([image for x in both for image in to_pil(x)], len(views))
+    return contact_sheet([image for x in both for image in to_pil(x)], len(views))
 
 
 def about(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: DecoderModel, world: int) -> str:

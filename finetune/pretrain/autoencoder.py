@@ -25,7 +25,7 @@ from finetune.seeds import step_generator
 from finetune.vae_decoder.metrics import psnr
 from sdkit.checkpoints import loading
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae import AutoencoderKL
 
@@ -115,7 +115,7 @@ def sample_sheet(vae: AutoencoderKL) -> Image.Image:
     """Two rows of fresh renders, and below them what the VAE makes of them."""
     x = render(sample_scenes(16, TEST_SEED), SIZE).images
     both = torch.cat([to_bytes(x).float() / 127.5 - 1, vae(x * 2 - 1).clamp(-1, 1)])
-    return grid(to_pil(both), columns=8)
+    return contact_sheet(to_pil(both), columns=8)
 
 
 def main(

@@ -30,7 +30,7 @@ from sdkit.checkpoints.loading import load_vae
 from sdkit.checkpoints.vae_file import load_vae_file
 from sdkit.files import write_text
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.networks.vae import AutoencoderKL
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -112,7 +112,7 @@ def sheet(rows: Sequence[tuple[Sequence[Tensor], AutoencoderKL, AutoencoderKL]])
     for pictures, base, trained in rows:
         for x in pictures:
             images += [to_pil(y.clamp(-1, 1))[0].resize((128, 128)) for y in (x, base(x), trained(x))]
-    return grid(images, 9, ("picture", "before", "after") * (len(images) // 3))
+    return contact_sheet(images, 9, ("picture", "before", "after") * (len(images) // 3))
 
 
 def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("build/compare_decoder")) -> None:

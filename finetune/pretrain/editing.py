@@ -25,7 +25,7 @@ from finetune.pretrain.world.scenes import COLORS, SHAPES, TABLES, sample_scenes
 from sdkit.checkpoints.loading import MODELS
 from sdkit.files import write_text
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.stable_diffusion import StableDiffusion
 
 SCENE_SEED = 4_000_001
@@ -151,7 +151,7 @@ def sheet(which: Cases, columns: dict[str, list[Image.Image]]) -> Image.Image:
         row = [("input", inputs[i]), *((name, images[i]) for name, images in columns.items())]
         pictures += [image.resize((2 * SIZE, 2 * SIZE), Image.Resampling.NEAREST) for _, image in row]
         texts += [name for name, _ in row[:-1]] + [f"{row[-1][0]}: {prompt}"]
-    return grid(pictures, len(columns) + 1, texts)
+    return contact_sheet(pictures, len(columns) + 1, texts)
 
 
 def main(

@@ -29,7 +29,7 @@ from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.scenes import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from sdkit.checkpoints.loading import MODELS
 from sdkit.files import write_text
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.stable_diffusion import StableDiffusion
 
 PROMPT_SEED = 2_000_001
@@ -192,7 +192,7 @@ def draw_grid(sd: StableDiffusion, guidance: float, steps: int) -> Image.Image:
     """A picture of each prompt of GRID; a star marks a pair that training never showed."""
     images = sd.text_to_image(GRID, num_inference_steps=steps, guidance_scale=guidance, seed=1, progress=False).images
     marked = [f"{p} *" if any(pair in HELD_OUT for pair in pairwise(p.split())) else p for p in GRID]
-    return grid([image.resize((2 * SIZE, 2 * SIZE)) for image in images], 8, marked)
+    return contact_sheet([image.resize((2 * SIZE, 2 * SIZE)) for image in images], 8, marked)
 
 
 def main(

@@ -35,7 +35,7 @@ from sdkit.checkpoints import loading
 from sdkit.checkpoints.components import Components
 from sdkit.files import replacing
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.text_encoder import pooled
 from sdkit.networks.unet import UNet2DConditionModel
@@ -188,7 +188,7 @@ def sample_sheet(loss: PredictorLoss, vae: AutoencoderKL, tokenizer: CLIPTokeniz
     noise = torch.randn(len(PROMPTS), 4, SIZE // 4, SIZE // 4, generator=step_generator(SHEET_RUN, 0))
     latents = denoise(plan, predict, plan.start(noise), lambda: noise, Guidance(3.0))
     pictures = vae.decode(latents.float() / vae.config.scaling_factor).clamp(-1, 1)
-    return grid([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or "(no text)" for p in PROMPTS])
+    return contact_sheet([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or "(no text)" for p in PROMPTS])
 
 
 def untrained(work: Path, init: Path | None) -> PredictorLoss:

@@ -13,6 +13,7 @@ from finetune.training.config import TrainConfig
 from finetune.training.history import History
 from finetune.training.memory import Memory, size
 from finetune.training.states import saved_states
+from sdkit.files import write_text
 
 
 def summary(
@@ -66,5 +67,5 @@ def report(output: Path, about: str, history: History, seconds: float, peak: int
         *(f"## {title}\n\n![Sample sheet](samples/{sheet.name})" for title, sheet in shown),
     ]
 
-    (output / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(output / "report.md", "\n\n".join(parts) + "\n")
     print(f"{output / files[0]} written; see {output / 'report.md'}")

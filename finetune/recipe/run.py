@@ -27,7 +27,8 @@ from finetune.training.gradient_checkpointing import checkpoint_activations
 from finetune.training.loop import make_accelerator, train
 from finetune.training.memory import estimate_memory, peak_memory, saved_bytes
 from sdkit.errors import ConfigError
-from sdkit.images.sheet import grid
+from sdkit.files import replacing, write_text
+from sdkit.images.sheet import contact_sheet
 from sdkit.networks.attention import Transformer2DModel
 from sdkit.networks.layers import ResnetBlock2D
 from sdkit.stable_diffusion import StableDiffusion
@@ -147,7 +148,7 @@ def teach(
     if accelerator.is_main_process:
         print(about, flush=True)
         model.output.mkdir(parents=True, exist_ok=True)
-        (model.output / "config.toml").write_text(to_toml(model, options, data_config, loss_config, config, sampling))
+        write_text(model.output / "config.toml", to_toml(model, options, data_config, loss_config, config, sampling))
     if model.gradient_checkpointing:
         checkpoint_activations(sd.unet, RECOMPUTED)
 
@@ -179,7 +180,8 @@ def make_class_pictures(sd: StableDiffusion, config: DataConfig) -> None:
     there = sum(file.suffix.lower() in SUFFIXES for file in config.class_data.rglob("*"))
     for index in tqdm(range(there, config.num_class_images), desc="class pictures"):
         picture = sd.text_to_image(config.class_prompt, seed=index, progress=False).images[0]
-        picture.save(config.class_data / f"class-{index:05d}.png")
+        with replacing(config.class_data / f"class-{index:05d}.png") as temporary:
+            picture.save(temporary, "PNG")
 
 
 def training_data(sd: StableDiffusion, config: DataConfig, seed: int, accelerator: Accelerator) -> TrainingData:
@@ -218,7 +220,7 @@ def sample_sheet(
         ).images[0]
         for seed, prompt in enumerate(prompts)
     ]
-    return grid(pictures, 4, prompts)
+    return contact_sheet(pictures, 4, prompts)
 
 
 def _summary(

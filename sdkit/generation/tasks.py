@@ -13,7 +13,7 @@ from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
 from sdkit.generation.options import UPSCALERS, Settings, check_argument
 from sdkit.images.depth import DepthSource, read_depth
-from sdkit.images.inputs import Pictures, paths_of, read_masks, read_pictures
+from sdkit.images.inputs import Pictures, paths_of, picture_tensors, read_masks
 from sdkit.images.pixels import check_size
 
 
@@ -81,7 +81,7 @@ def image_task(
     """The task that starts from pictures."""
     if name == "image_to_image":
         check_channels(model, name, 0)
-    picture = read_pictures(image, settings.height, settings.width, model.vae.config.factor)
+    picture = picture_tensors(image, settings.height, settings.width, model.vae.config.factor)
     height, width = picture.shape[2:]
     return Task(name, height, width, strength, picture, sources={"image": paths_of(image)})
 

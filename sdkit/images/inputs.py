@@ -18,7 +18,7 @@ Pictures: TypeAlias = ImageSource | Tensor | Sequence[ImageSource | Tensor]
 """One picture or several: Pillow images, files, arrays [H, W, C], tensors [C, H, W] or [N, C, H, W] in [0, 1]."""
 
 
-def read_pictures(pictures: Pictures, height: int | None, width: int | None, factor: int) -> Tensor:
+def picture_tensors(pictures: Pictures, height: int | None, width: int | None, factor: int) -> Tensor:
     """Read pictures as a tensor [N, 3, H, W], float32 in [-1, 1].
 
     ``height`` and ``width`` in pixels: resize to this, bicubic and antialiased; both, or none to keep the pictures'

@@ -11,7 +11,7 @@ from sdkit.errors import ConfigError
 PAPER, INK = (250, 250, 248), (70, 70, 74)
 
 
-def grid(
+def contact_sheet(
     images: Sequence[Image.Image],
     columns: int,
     captions: Sequence[str] | None = None,
@@ -24,9 +24,9 @@ def grid(
     when the numbers of captions and pictures differ.
     """
     if not images or columns < 1:
-        raise ConfigError(f"grid: expected pictures and columns >= 1, found {len(images)} and {columns}")
+        raise ConfigError(f"contact sheet: expected pictures and columns >= 1, found {len(images)} and {columns}")
     if captions is not None and len(captions) != len(images):
-        raise ConfigError(f"grid: {len(captions)} captions for {len(images)} pictures")
+        raise ConfigError(f"contact sheet: {len(captions)} captions for {len(images)} pictures")
 
     columns = min(columns, len(images))
     width, height = max(i.width for i in images), max(i.height for i in images)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sdkit.errors import ConfigError
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.viewing.attention_maps import AttentionMaps, Word
 
 MapScale = Literal["word", "shared"]
@@ -56,7 +56,9 @@ def attention_sheet(
 
     count = len(panels) + 1
     rows = -(-count // 5)
-    return grid([picture, *panels], -(-count // rows), [note, *captions], gap=max(8, picture.width // 32), font_size=14)
+    return contact_sheet(
+        [picture, *panels], -(-count // rows), [note, *captions], gap=max(8, picture.width // 32), font_size=14
+    )
 
 
 def _telling_words(words: Sequence[Word]) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdkit.errors import ConfigError, NumericalError
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import grid
+from sdkit.images.sheet import contact_sheet
 from sdkit.networks.vae import AutoencoderKL, decode_latents
 
 PreviewMode = Literal["decode", "fast"]
@@ -137,4 +137,6 @@ def film_strip(
     size = (width * factor, height * factor)
     scaled = [f if f.size == size else f.convert("RGB").resize(size, Image.Resampling.BICUBIC) for f in frames]
     rows = -(-len(scaled) // columns)
-    return grid(scaled, -(-len(scaled) // rows), texts if any(texts) else None, gap=max(6, size[0] // 24), font_size=13)
+    return contact_sheet(
+        scaled, -(-len(scaled) // rows), texts if any(texts) else None, gap=max(6, size[0] // 24), font_size=13
+    )

@@ -41,7 +41,7 @@ def test_its_weights_are_float16_and_at_most_25_megabytes() -> None:
 
 
 def test_diffusers_loads_the_folder_and_draws_our_picture(sd: StableDiffusion) -> None:
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 10, "guidance_scale": 5.0}
     generator = torch.Generator().manual_seed(3)

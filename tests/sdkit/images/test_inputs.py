@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_cdt
 
 from sdkit.errors import ConfigError, SDKitError
 from sdkit.files import file_hash
-from sdkit.images.inputs import feather, paths_of, read_masks, read_pictures
+from sdkit.images.inputs import feather, paths_of, picture_tensors, read_masks
 from sdkit.images.pixels import to_tensor
 from tests.sdkit.tiny import mask, picture
 
@@ -22,15 +22,15 @@ def test_several_pictures_become_one_batch() -> None:
     expected = torch.cat([to_tensor(picture(seed=1)), to_tensor(picture(seed=2))])
     as_tensor = expected / 2 + 0.5
     for given in ([picture(seed=1), picture(seed=2)], as_tensor, list(as_tensor), [as_tensor[:1], picture(seed=2)]):
-        assert torch.allclose(read_pictures(given, None, None, 4), expected, atol=1e-6)
+        assert torch.allclose(picture_tensors(given, None, None, 4), expected, atol=1e-6)
     half = as_tensor.half()
-    assert torch.allclose(read_pictures(half, None, None, 4), expected, atol=1e-3)
+    assert torch.allclose(picture_tensors(half, None, None, 4), expected, atol=1e-3)
 
 
 def test_resizing_is_pillows_bicubic() -> None:
     large = picture(64, 96)
     expected = to_tensor(large.resize((48, 32), Image.Resampling.BICUBIC))
-    resized = read_pictures(large, 32, 48, 4)
+    resized = picture_tensors(large, 32, 48, 4)
     assert resized.abs().max() <= 1 and torch.allclose(resized, expected, atol=0.02)  # its steps are of 2 / 255
 
 
@@ -66,7 +66,7 @@ def test_a_feather_falls_evenly_with_the_distance(pixels: int) -> None:
 )
 def test_what_is_no_picture_is_refused(given: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        read_pictures(given, None, None, 4)
+        picture_tensors(given, None, None, 4)
 
 
 def test_files_are_known_by_their_content(tmp_path: Path) -> None:

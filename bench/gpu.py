@@ -24,7 +24,8 @@ import torch
 
 from bench import report
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# The packages there are not those of our tests: what they warn of is shown, and fails nothing.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
 
 
 def step(command: list[str], seconds: float) -> bool:

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from sdkit.adapter_kinds import AdapterKind, adapter_kinds
+from sdkit.adapter_kinds import AdapterKind, adapter_kinds, register_adapter_kind
+from sdkit.checks import expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.prompts.tags import ExtraNetwork
 
@@ -45,6 +46,9 @@ KINDS = (
     ),
 )
 """The kinds that come with us: one row each."""
+
+for _kind in KINDS:  # for where nothing is installed, and no entry point names them
+    register_adapter_kind(_kind)
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,17 @@ def verbs_of(kind: AdapterKind) -> Verbs:
 def list_adapters(sd: DiffusionModel) -> dict[str, Adapter]:
     """The adapters of a model by name, kind after kind, in the order in which they came.
 
-    Where two kinds have an adapter of the same name, the later one is listed as "name (kind)".
+    Where two kinds have an adapter of the same name, the later one's is "name (kind)" here and in all verbs.
     """
-    found: dict[str, Adapter] = {}
+    return {label: adapter for label, (_, _, adapter) in _labelled(sd).items()}
+
+
+def _labelled(sd: DiffusionModel) -> dict[str, tuple[AdapterKind, str, Adapter]]:
+    """Each adapter by the name that the verbs of this module know it by: (its kind, its name there, itself)."""
+    found: dict[str, tuple[AdapterKind, str, Adapter]] = {}
     for kind, own in _of_every_kind(sd).items():
         for name, adapter in own.items():
-            found[name if name not in found else f"{name} ({kind.name})"] = adapter
+            found[name if name not in found else f"{name} ({kind.name})"] = (kind, name, adapter)
     return found
 
 
@@ -133,12 +142,14 @@ def _of_every_kind(sd: DiffusionModel) -> dict[AdapterKind, dict[str, Adapter]]:
 
 def _named(sd: DiffusionModel, name: str | None) -> dict[AdapterKind, list[str]]:
     """The adapters of this name, or all. Raises ConfigError when there is none of that name."""
-    known = _of_every_kind(sd)
-    chosen = {kind: [n for n in own if name in (None, n)] for kind, own in known.items()}
-    chosen = {kind: names for kind, names in chosen.items() if names}
-    if name is not None and not chosen:
-        there = ", ".join(n for own in known.values() for n in own)
-        raise ConfigError(f"adapter {name!r}: expected one of the model's: {there or 'it has none'}")
+    known = _labelled(sd)
+    if name is not None and name not in known:
+        raise ConfigError(f"adapter {name!r}: expected one of the model's: {', '.join(known) or 'it has none'}")
+
+    chosen: dict[AdapterKind, list[str]] = {}
+    for label, (kind, own_name, _) in known.items():
+        if name in (None, label):
+            chosen.setdefault(kind, []).append(own_name)
     return chosen
 
 
@@ -195,8 +206,9 @@ def set_scale(sd: DiffusionModel, scale: float, name: str | None = None) -> None
     """Let an adapter, or each of them, count ``scale`` times; 1 is as it was trained, negative turns it round.
 
     For DoRA the scale multiplies the low-rank part alone, as in peft. Raises ConfigError when there is none of that
-    name.
+    name, and for a scale that is not finite.
     """
+    expect(is_number(scale), "scale", "a finite number", scale)
     for kind, names in _named(sd, name).items():
         verbs_of(kind).set_scale(sd, scale, names)
 

@@ -60,10 +60,19 @@ def register_adapter_kind(kind: AdapterKind) -> None:
 
 def adapter_kinds() -> tuple[AdapterKind, ...]:
     """All kinds: those of installed distributions, then those that were added."""
-    return *_installed(), *_added
+    installed = _installed()
+    return *installed, *(kind for kind in _added if kind not in installed)
 
 
 @cache
 def _installed() -> tuple[AdapterKind, ...]:
-    tables: list[Sequence[AdapterKind]] = [point.load() for point in entry_points(group=GROUP)]
-    return tuple(kind for table in tables for kind in table)
+    """Those that entry points name. Raises ConfigError for one that is no table of kinds, or names one again."""
+    found: dict[str, AdapterKind] = {}
+    for point in entry_points(group=GROUP):
+        table: Any = point.load()
+        good = isinstance(table, Sequence) and all(isinstance(kind, AdapterKind) for kind in table)
+        expect(good, f"entry point {point.name} of {GROUP}", "a sequence of AdapterKind", point.value)
+
+        for kind in table:
+            expect(found.setdefault(kind.name, kind) == kind, "adapter kind", "one of this name", kind.name)
+    return tuple(found.values())

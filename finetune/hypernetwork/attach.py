@@ -91,8 +91,10 @@ def add_hypernetwork(sd: DiffusionModel, network: Hypernetwork, multiplier: floa
 def save_hypernetwork(sd: DiffusionModel, path: str | Path, name: str | None = None) -> None:
     """Write a hypernetwork of the model as A1111's ``.pt``; the name may be left out when there is only one.
 
-    Raises ConfigError when it is not clear which one is meant, CheckpointError when it cannot be written.
+    Raises ConfigError when it is not clear which one is meant or for the ending .safetensors, which this is not,
+    CheckpointError when it cannot be written.
     """
+    expect(Path(path).suffix.lower() != ".safetensors", "save_hypernetwork", "a file that ends in .pt", str(path))
     networks = _chain(sd).networks
     if name is None and len(networks) != 1:
         known = ", ".join(networks) or "none"

@@ -38,7 +38,7 @@ def add_lora(
     name: str = "default",
     text_encoder: bool = False,
 ) -> list[nn.Parameter]:
-    """Put a new LoRA into the model, to be trained. Returns its parameters; all others of the model are frozen.
+    """Put a new LoRA into the model, to be trained. Returns its parameters; the model's own are frozen.
 
     alpha: the update is multiplied by alpha / rank, or alpha / sqrt(rank) with ``use_rslora`` (arXiv 2312.03732).
     targets: "cross_attention" (attn2: to_q, to_k, to_v, to_out.0; 64 modules in SD1), "attention" (attn1 too),

@@ -128,7 +128,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _inspect_folder(folder: Path) -> dict[str, Any]:
-    """A diffusers folder, one network of it, or a peft adapter."""
+    """A diffusers folder, one network of it, or an adapter of peft or diffusers."""
     if (folder / "model_index.json").is_file():
         index, unet = read_config(folder, "model_index.json"), read_config(folder / "unet")
         width, channels = unet.get("cross_attention_dim"), unet.get("in_channels", 4)
@@ -137,8 +137,12 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
         return {"kind": "diffusers folder", "version": version, "pipeline": index.get("_class_name"), "parts": parts}
 
     if (folder / "adapter_config.json").is_file():
-        facts = inspect_file(folder / "adapter_model.safetensors")
+        weights = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+        facts = inspect_file(next((file for file in weights if file.is_file()), weights[0]))
         return facts | {"config": read_config(folder, "adapter_config.json")}
+
+    if (file := folder / "pytorch_lora_weights.safetensors").is_file():  # diffusers' name
+        return inspect_file(file)
 
     if (folder / "config.json").is_file():
         config = read_config(folder)

@@ -103,7 +103,8 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, **options: Any)
     option that this format does not take.
     """
     path = find_model(model)
-    chosen = SINGLE_FILE if path.is_file() else FOLDER
+    by_ending = {known.suffix: known for known in FORMATS if known.suffix}
+    chosen = by_ending.get(path.suffix.lower(), SINGLE_FILE) if path.is_file() else FOLDER
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(chosen.options)):
         raise ConfigError(f"{', '.join(unknown)}: expected none, as {model} is a {chosen.name}, which says it itself")
@@ -122,7 +123,7 @@ def load_vae(model: str | Path, *, dtype: torch.dtype | None = None) -> Autoenco
 
 
 def save(what: Components | AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Save a model, or a VAE alone: as a single file when ``path`` ends in .safetensors, else as a folder.
+    """Save a model, or a VAE alone: as a single file when ``path`` has such a format's ending, else as a folder.
 
     Raises CheckpointError when it cannot be written, ConfigError for the ending of another file.
     """
@@ -131,5 +132,6 @@ def save(what: Components | AutoencoderKL, path: str | Path, *, dtype: torch.dty
         raise ConfigError(f"{path}: single files are written as .safetensors, not {suffix}")
 
     formats = FORMATS if isinstance(what, Components) else VAE_FORMATS
-    chosen = next(known for known in formats if known.suffix == (suffix if suffix == ".safetensors" else ""))
+    ending = suffix if suffix in {known.suffix for known in formats} else ""
+    chosen = next(known for known in formats if known.suffix == ending)
     chosen.save(what, path, dtype=dtype)

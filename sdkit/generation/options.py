@@ -191,8 +191,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choice("output_type", self.output_type, ("pil", "pt", "latent"))
+        defaults = {f.name: f.default for f in fields(Settings)}
         for name, declared in declarations(Settings).items():
-            _check_range(name, getattr(self, name), declared)
+            if getattr(self, name) is not None or defaults[name] is not None:
+                _check_range(name, getattr(self, name), declared)
 
         if self.latents is not None and self.variation_strength:
             raise ConfigError("variation_strength, latents: give one of them; variations are of seeds")
@@ -387,11 +389,12 @@ def declarations(settings: type[Any]) -> dict[str, Option]:
 def check_argument(task: str, name: str, value: Any) -> None:
     """Raise ConfigError for a number of a task's argument that is out of its range."""
     declared = next(argument for argument in TASKS[task].arguments if argument.name == name)
-    _check_range(name, value, declared.option, whole=declared.type in (int, int | None))
+    if value is not None or declared.default is not None:
+        _check_range(name, value, declared.option, whole=declared.type in (int, int | None))
 
 
 def _check_range(name: str, value: Any, declared: Option, whole: bool = True) -> None:
-    if value is None or declared.low is None:
+    if declared.low is None:
         return
     if whole:
         check_count(name, value, int(declared.low))

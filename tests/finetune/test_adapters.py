@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,57 @@ def test_without_its_registration_nothing_knows_it(sd: StableDiffusion, tmp_path
     with pytest.raises(CheckpointError, match="expected an adapter"):
         finetune.load_adapter(sd, path)
     assert run("txt2img", PROMPT, "--layer-scale", str(path)) == 2
+
+
+@pytest.mark.usefixtures("registered")
+def test_one_name_in_two_kinds(sd: StableDiffusion, file: Path, tmp_path: Path):
+    """The later one's is "name (kind)", in every verb."""
+    finetune.add_lora(sd, rank=1, name="flip")
+    finetune.load_adapter(sd, file)
+    assert list(finetune.list_adapters(sd)) == ["flip", "flip (layer_scale)"]
+    finetune.disable(sd, "flip (layer_scale)")
+    assert [adapter.enabled for adapter in finetune.list_adapters(sd).values()] == [True, False]
+    finetune.save_adapter(sd, tmp_path / "again.safetensors", "flip (layer_scale)")
+    assert inspect_file(tmp_path / "again.safetensors")["kind"] == "layer scale"
+    with pytest.raises(ConfigError, match="scale: expected a finite number"):
+        finetune.set_scale(sd, float("nan"))
+    finetune.remove(sd, "flip")
+    assert [adapter.kind for adapter in finetune.list_adapters(sd).values()] == ["layer_scale"]
+
+
+def test_adapters_are_read_again_from_where_they_were_written(sd: StableDiffusion, tmp_path: Path):
+    finetune.add_lora(sd, rank=1)
+    finetune.save_adapter(sd, tmp_path / "folder")
+    finetune.save_lora(sd, tmp_path / "peft", format="peft")
+    finetune.remove(sd)
+    for name in ("folder", "peft"):
+        assert finetune.load_adapter(sd, tmp_path / name, name=name) == name
+    finetune.remove(sd)
+    finetune.add_hypernetwork(sd, finetune.Hypernetwork([sd.unet.config.cross_attention_dim]))
+    with pytest.raises(ConfigError, match=r"a file that ends in \.pt"):
+        finetune.save_adapter(sd, tmp_path / "wrong.safetensors")
+
+
+def test_kinds_of_ours_are_known_where_nothing_is_installed():
+    """As on a machine with PYTHONPATH alone, by `make gpu` for instance."""
+    root = Path(__file__).parents[2]
+    code = (
+        "from sdkit import adapter_kinds; adapter_kinds.entry_points = lambda group: []\n"
+        "import finetune, sdkit; sd = sdkit.StableDiffusion.from_pretrained('tabletop', device='cpu')\n"
+        "finetune.add_lora(sd, rank=1); print(*finetune.list_adapters(sd))"
+    )
+    path = os.pathsep.join(map(str, (root, root / "kernels")))
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert ran.stdout.split() == ["default"], ran.stderr
+
+
+def test_an_entry_point_that_is_no_table_is_named(monkeypatch: pytest.MonkeyPatch):
+    point = EntryPoint("lora", "finetune:load_lora", "sdkit.adapters")
+    monkeypatch.setattr(adapter_kinds, "entry_points", lambda group: [point])
+    with pytest.raises(ConfigError, match=r"entry point lora of sdkit\.adapters: expected a sequence of AdapterKind"):
+        adapter_kinds._installed.__wrapped__()
 
 
 def test_two_kinds_cannot_share_a_name(registered: None):

@@ -68,3 +68,8 @@ def test_metadata_holds_what_is_remembered() -> None:
 def test_an_unknown_argument_is_refused_as_python_does() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'guidence_scale'"):
         model().text_to_image("a cat", guidence_scale=3)  # type: ignore[call-arg]
+
+
+def test_none_is_no_number() -> None:
+    with pytest.raises(ConfigError, match="num_images_per_prompt: expected a whole number"):
+        Settings(num_images_per_prompt=None)

@@ -87,12 +87,14 @@ class StableDiffusion(DiffusionModel):
         """Repaint a part of pictures.
 
         image, strength, options: as in image_to_image.
-        mask_image: one or as many as pictures, of any size: white (from one half on) is repainted. All other pixels of
-            the result equal the picture's exactly (but for output_type "latent").
+        mask_image: one or as many as pictures, of any size: white (from one half on) is repainted, or what is opaque
+            where the mask was drawn in alpha; see `sdkit.images.masks.mask_to_tensor`. All other pixels of the result
+            equal the picture's exactly (but for output_type "latent").
         mask_blur: the repainted region fades out over so many pixels around the mask, which then change too.
 
         A UNet of 9 input channels is made for this: it sees the mask and the masked picture. With one of 4, every step
-        puts back the picture, at that step's noise, where the mask keeps it. Raises as text_to_image.
+        puts back the picture, at that step's noise, in the cells of the latents that the mask does not touch.
+        Raises as text_to_image, and ConfigError for a mask that selects nothing or can be read in two ways.
         """
         settings = Settings(**options)
         task = inpaint_task(self, settings, image, mask_image, strength, mask_blur)

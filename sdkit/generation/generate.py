@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from sdkit.generation.request import Request
 from sdkit.generation.splitting import BatchSplitter
 from sdkit.generation.tasks import Hires
 from sdkit.images.depth import depth_channel
-from sdkit.images.inputs import feather
+from sdkit.images.masks import feather, sampled, touched
 from sdkit.images.pixels import to_pil
 from sdkit.networks.unet import ContextKeyValues
 from sdkit.networks.vae import choose_tile, decode_latents
@@ -140,7 +139,8 @@ class Run:
 
         kept = None
         if blends and clean is not None and task.mask is not None:
-            kept = KeptRegion(clean, initial, self.latent_mask(task.mask))
+            cells = touched(task.mask, (initial.shape[2], initial.shape[3]))
+            kept = KeptRegion(clean, initial, request.spread(cells.to(request.dtype), "mask_image"))
         return self.denoise(plan, plan.start(initial, clean), extra, kept)
 
     def second_stage(self, hires: Hires, latents: Tensor) -> Tensor:
@@ -176,18 +176,16 @@ class Run:
 
     def extra_channels(self) -> Tensor | None:
         """Channels [B, C, h, w] beside the latents: depth, or the mask and the masked picture's latents."""
-        task = self.request.task
+        request, task = self.request, self.request.task
+        size = request.noise.shape[2:]
         if task.depth is not None:
-            return self.request.spread(depth_channel(task.depth, self.request.noise.shape[2:]), "depth_map")
+            return request.spread(depth_channel(task.depth, size), "depth_map")
         if task.picture is None or task.mask is None:
             return None
-        masked = task.picture * (1 - task.mask)  # 0 is mid grey
-        return torch.cat([self.latent_mask(task.mask), self.encode(masked)], dim=1)
 
-    def latent_mask(self, mask: Tensor) -> Tensor:
-        """A mask on the latent grid [B, 1, h, w], zeros and ones: the nearest pixel's."""
-        small = F.interpolate(mask, self.request.noise.shape[2:], mode="nearest")
-        return self.request.spread(small.to(self.request.dtype), "mask_image")
+        mask = request.spread(sampled(task.mask, size).to(request.dtype), "mask_image")
+        masked = task.picture * (1 - task.mask)  # 0 is mid grey
+        return torch.cat([mask, self.encode(masked)], dim=1)
 
     # The loop
 

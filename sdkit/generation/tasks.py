@@ -13,7 +13,8 @@ from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
 from sdkit.generation.options import UPSCALERS, Settings, check_argument
 from sdkit.images.depth import DepthSource, read_depth
-from sdkit.images.inputs import Pictures, paths_of, picture_tensors, read_masks
+from sdkit.images.inputs import Pictures, paths_of, picture_tensors
+from sdkit.images.masks import read_masks
 from sdkit.images.pixels import check_size
 
 

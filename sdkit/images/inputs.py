@@ -1,4 +1,4 @@
-"""Pictures and masks for the image tasks, one or several, read as tensors of one size; and soft edges of masks."""
+"""Pictures for the image tasks, one or several, read as tensors of one size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit.errors import ConfigError
-from sdkit.images.pixels import ImageSource, check_size, mask_to_tensor, to_tensor
+from sdkit.images.pixels import ImageSource, check_size, to_tensor
 
 Pictures: TypeAlias = ImageSource | Tensor | Sequence[ImageSource | Tensor]
 """One picture or several: Pillow images, files, arrays [H, W, C], tensors [C, H, W] or [N, C, H, W] in [0, 1]."""
@@ -24,7 +24,7 @@ def picture_tensors(pictures: Pictures, height: int | None, width: int | None, f
     ``height`` and ``width`` in pixels: resize to this, bicubic and antialiased; both, or none to keep the pictures'
     own size. Raises ConfigError unless that is a multiple of ``factor``, and for pictures of different sizes.
     """
-    tensors = [to_tensor(one) for one in _each(pictures, "image")]
+    tensors = [to_tensor(one) for one in each_picture(pictures, "image")]
     if (height is None) != (width is None):
         raise ConfigError("height, width: expected both to resize the picture, or none of them")
 
@@ -41,25 +41,23 @@ def picture_tensors(pictures: Pictures, height: int | None, width: int | None, f
     return torch.cat(tensors)
 
 
-def read_masks(masks: Pictures, height: int, width: int) -> Tensor:
-    """Read masks as a tensor [N, 1, height, width], float32, 0 (keep) or 1 (repaint), resized by nearest neighbour."""
-    return torch.cat([mask_to_tensor(mask, (height, width)) for mask in _each(masks, "mask_image")])
+def each_picture(source: Pictures, name: str) -> list[ImageSource]:
+    """The pictures of ``source`` one by one; ``name`` is that of the argument in errors.
 
-
-def _each(source: Pictures, name: str) -> list[ImageSource]:
-    """The pictures of ``source`` one by one; ``name`` is that of the argument in errors."""
+    A tensor is of floats, bools or integers. Raises ConfigError for what is no picture.
+    """
     if isinstance(source, Tensor):
         batch = source if source.dim() == 4 else source[None]
-        if batch.dim() not in (3, 4) or not batch.is_floating_point():
+        if batch.dim() not in (3, 4) or batch.is_complex():
             found = f"{list(source.shape)} of {source.dtype}"
-            raise ConfigError(f"{name}: expected a tensor of floats [C, H, W] or [N, C, H, W], found {found}")
-        arrays = [one.detach().float().cpu().numpy() for one in batch]
+            raise ConfigError(f"{name}: expected a tensor [C, H, W] or [N, C, H, W], found {found}")
+        arrays = [(one.float() if one.is_floating_point() else one).detach().cpu().numpy() for one in batch]
         return [array if array.ndim == 2 else array.transpose(1, 2, 0) for array in arrays]
 
     if isinstance(source, Sequence) and not isinstance(source, str):
         if not source:
             raise ConfigError(f"{name}: expected a picture, found an empty list")
-        return [picture for one in source for picture in _each(one, name)]
+        return [picture for one in source for picture in each_picture(one, name)]
 
     if not isinstance(source, (str, os.PathLike, np.ndarray)) and not hasattr(source, "convert"):
         raise ConfigError(f"{name}: expected a picture, its file, an array or a tensor, found {source!r}")
@@ -75,15 +73,3 @@ def paths_of(source: Any) -> list[str | None]:
     if isinstance(source, Sequence):
         return [path for one in source for path in paths_of(one)]
     return [None]
-
-
-def feather(mask: Tensor, pixels: int) -> Tensor:
-    """The weights [N, 1, H, W] by which repainted pixels are laid over kept ones, for a mask of zeros and ones.
-
-    1 on the mask; around it they fall evenly, to 0 at ``pixels`` + 1 pixels away (along a row, a column or a diagonal).
-    """
-    grown, total = mask, mask
-    for _ in range(pixels):
-        grown = F.max_pool2d(grown, 3, stride=1, padding=1)
-        total = total + grown
-    return total / (pixels + 1)

@@ -21,6 +21,7 @@ SAMPLERS = {
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(**SCHEDULE, timestep_spacing="trailing"),
 }
 STRENGTHS = (0.3, 0.6, 0.8)
+BLOCK = np.ones((4, 4), np.uint8)  # the pixels of a latent's cell
 
 
 def seeded(seed: int = 7) -> torch.Generator:
@@ -52,7 +53,7 @@ def compare(ours: Any, theirs: Any, arguments: dict[str, Any], sampler: str, par
     """The same latents, from one generator's draws in the same order."""
     for strength in STRENGTHS:
         shared = {**arguments, "strength": strength, "num_inference_steps": 10, "output_type": "latent"}
-        expected = theirs(**shared, **parity, generator=seeded()).images
+        expected = theirs(**shared | parity, generator=seeded()).images
         out = ours(prompt=None, **shared, generator=seeded(), sampler=sampler, progress=False)
         assert relative_error(out.latents, expected) < 1e-4, strength
         assert out.num_steps_run == round(10 * strength)
@@ -72,7 +73,10 @@ def test_inpaint_is_diffusers(
     ours = {4: sd, 9: inpainting}[channels]
     theirs = twin(ours, diffusers.StableDiffusionInpaintPipeline, SAMPLERS[sampler])
     arguments = {**embeds, "image": picture(), "mask_image": mask()}
-    compare(ours.inpaint, theirs, arguments, sampler, {"height": 32, "width": 48})
+    parity: dict[str, Any] = {"height": 32, "width": 48}
+    if channels == 4:  # it blends by the nearest pixel of a cell, we by all; the same for a mask of whole cells
+        parity["mask_image"] = Image.fromarray(np.kron(np.asarray(mask()).reshape(8, 4, 12, 4).max((1, 3)), BLOCK))
+    compare(ours.inpaint, theirs, arguments, sampler, parity)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -179,13 +183,25 @@ def test_a_plain_unet_ends_at_the_clean_latents_where_the_mask_keeps(
     with torch.no_grad():
         clean = sd.vae.encode(to_tensor(picture())).sample(generator) * sd.vae.config.scaling_factor
     noise = torch.randn(clean.shape, generator=generator)
-    kept = torch.nn.functional.interpolate(to_tensor(mask())[:, :1], clean.shape[2:]).expand_as(clean) < 0
+    kept = torch.nn.functional.max_pool2d(to_tensor(mask())[:, :1], 4).expand_as(clean) < 0
     assert relative_error(out.latents[kept], clean[kept]) < 1e-6
     assert relative_error(out.latents[~kept], clean[~kept]) > 0.1
     levels = sd.make_plan(5, sampler, strength=0.6).levels.tolist()
     for k, latents in enumerate(seen[:-1]):
         expected = levels[k + 1][0] * clean + levels[k + 1][1] * noise
         assert relative_error(latents[kept], expected[kept]) < 1e-6
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (13, 18), (31, 47)])
+def test_the_cell_of_a_single_pixel_is_repainted(sd: StableDiffusion, pixel: tuple[int, int]) -> None:
+    white = np.zeros((32, 48), np.uint8)
+    white[pixel] = 255
+    settings = {**QUICK, "output_type": "latent", "seed": 3}
+    repainted = sd.inpaint("a cat", picture(), white, **settings).latents
+    with torch.no_grad():
+        clean = sd.vae.encode(to_tensor(picture())).sample(seeded(3)) * sd.vae.config.scaling_factor
+    changed = ((repainted - clean).abs().amax(1)[0] > 1e-5).nonzero().tolist()
+    assert changed == [[pixel[0] // 4, pixel[1] // 4]]
 
 
 def test_masks_of_any_size_and_several_pictures(sd: StableDiffusion) -> None:

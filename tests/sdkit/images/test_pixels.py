@@ -1,4 +1,4 @@
-"""Pictures to tensors and back, masks, sizes."""
+"""Pictures to tensors and back, sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sdkit.errors import ConfigError, NumericalError, SDKitError
-from sdkit.images.pixels import check_size, fit, mask_to_tensor, to_pil, to_tensor
+from sdkit.images.pixels import check_size, fit, to_pil, to_tensor, unit_floats
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
@@ -51,6 +51,54 @@ def test_sixteen_bit_grey_keeps_its_levels(tmp_path: Path) -> None:
         tensor = to_tensor(source)
         assert tensor.shape == (1, 3, 2, 3)
         torch.testing.assert_close(tensor[0, 2], expected, rtol=0, atol=2e-7)
+
+
+LEVELS = np.array([[0, 3, 60], [128, 254, 255]])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(LEVELS.astype(np.int32)),
+        Image.fromarray((LEVELS * 257).astype(np.int32)),
+        Image.fromarray((LEVELS / 255 * (2**31 - 1)).astype(np.int32)),
+        Image.fromarray((LEVELS / 255).astype(np.float32)),
+        Image.fromarray(LEVELS.astype(np.float32)),
+        Image.fromarray((LEVELS * 257).astype(np.uint16)),
+        Image.fromarray(LEVELS.astype(np.uint8)).convert("LA"),
+        Image.fromarray(LEVELS.astype(np.uint8)).convert("PA"),
+        Image.fromarray(LEVELS.astype(np.uint8)).convert("RGBX"),
+        Image.fromarray(LEVELS.astype(np.uint8)).convert("RGBA").convert("RGBa"),
+        Image.fromarray(LEVELS.astype(np.uint8)).convert("LA").convert("La"),
+    ],
+    ids=lambda image: f"{image.mode} to {np.asarray(image).max():.3g}",
+)
+def test_pillows_wide_and_rare_modes_have_the_right_levels(image: Image.Image, tmp_path: Path) -> None:
+    expected = torch.from_numpy(LEVELS / 255 * 2 - 1).float().expand(1, 3, 2, 3)
+    assert torch.allclose(to_tensor(image), expected, atol=1e-6)
+    if image.mode in ("I", "F", "I;16"):
+        image.save(tmp_path / "grey.tif")
+        assert torch.allclose(to_tensor(tmp_path / "grey.tif"), expected, atol=1e-6)
+
+
+def test_lab_is_read_through_its_profile() -> None:
+    white = Image.merge("LAB", [Image.new("L", (1, 1), v) for v in (255, 128, 128)])
+    red = Image.merge("LAB", [Image.new("L", (1, 1), v) for v in (136, 208, 195)])  # L 53, a 80, b 67: sRGB's red
+    assert np.allclose(unit_floats(white)[0, 0], [1, 1, 1], atol=0.01)
+    assert np.allclose(unit_floats(red)[0, 0], [1, 0, 0], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("I", (2, 2), -3), "from 0 to one of 255, 65535, 2147483647; found -3 to 0"),
+        (Image.new("F", (2, 2), 300.0), "from 0 to one of 1, 255; found 0 to 300"),
+        (Image.new("F", (2, 2), float("nan")), "found nan to nan"),
+    ],
+)
+def test_values_outside_of_every_range_are_refused(image: Image.Image, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        to_tensor(image)
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
@@ -108,16 +156,6 @@ def test_not_finite_names_the_stage_and_the_picture() -> None:
         to_pil(images)
     with pytest.raises(ConfigError, match="preview"):
         to_pil(images[0], stage="preview")
-
-
-def test_mask_threshold_alpha_and_nearest_resizing() -> None:
-    mask = mask_to_tensor(np.array([[0, 127, 128, 255]], np.uint8))
-    assert mask.dtype == torch.float32 and mask.tolist() == [[[[0, 0, 1, 1]]]]
-    assert mask_to_tensor(np.array([[0.49, 0.5]])).tolist() == [[[[0, 1]]]]
-    assert mask_to_tensor(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).item() == 1
-    big = np.zeros((8, 8), np.uint8)
-    big[:, 4:] = 255
-    assert mask_to_tensor(Image.fromarray(big), size=(2, 4))[0, 0].tolist() == [[0, 0, 1, 1]] * 2
 
 
 @pytest.mark.parametrize(

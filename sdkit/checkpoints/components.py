@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.networks.config import VAEConfig
 from sdkit.networks.text_encoder import build_text_encoder, load_text_state
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.networks.vae import AutoencoderKL
@@ -42,9 +43,10 @@ class Components:
 
 
 def check_bare(components: Components, path: str | Path) -> None:
-    """Raise ConfigError when peft's adapters are around the model's layers: no file has a place for their names."""
+    """Raise ConfigError when adapters are around the model's layers, or in its weights for as long as they run."""
     for network in (components.unet, components.text_encoder):
-        if any(".base_layer." in name for name in network.state_dict()):
+        changed: bool = getattr(network, "has_changed_weights", False)
+        if changed or any(".base_layer." in name for name in network.state_dict()):
             raise ConfigError(f"{path}: the model has adapters in it: call finetune.bake or finetune.remove first")
 
 
@@ -54,20 +56,45 @@ def text_config(model: CLIPTextModel) -> dict[str, Any]:
     return {"architectures": ["CLIPTextModel"]} | {k: v for k, v in values.items() if k != "transformers_version"}
 
 
-def build_networks(
-    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any], where: str
-) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """The three networks of these configs on the meta device: without memory, waiting for their weights."""
-    part = "unet"
+def build_unet(config: Mapping[str, Any], where: str) -> UNet2DConditionModel:
+    """The UNet of this config on the meta device: without memory, waiting for its weights. Raises CheckpointError."""
+    return _build(UNet2DConditionModel.from_config, config, f"{where}: unet")
+
+
+def build_vae(config: Mapping[str, Any], where: str) -> AutoencoderKL:
+    """The VAE of this config on the meta device. Raises CheckpointError."""
+    return _build(AutoencoderKL.from_config, config, f"{where}: vae")
+
+
+def build_text(config: Mapping[str, Any], where: str) -> CLIPTextModel:
+    """The text encoder of this config on the meta device. Raises CheckpointError."""
+    return _build(build_text_encoder, config, f"{where}: text_encoder")
+
+
+def _build(build: Callable[[Mapping[str, Any]], Module], config: Mapping[str, Any], where: str) -> Module:
     try:
         with torch.device("meta"):
-            unet_model = UNet2DConditionModel.from_config(unet)
-            part = "vae"
-            vae_model = AutoencoderKL.from_config(vae)
-            part = "text_encoder"
-            return unet_model, vae_model, build_text_encoder(text_encoder)
+            return build(config)
     except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise CheckpointError(f"{where}: {part}: {one_line(error)}") from None
+        raise CheckpointError(f"{where}: {one_line(error)}") from None
+
+
+def check_fit(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, own_vae: VAEConfig | None, where: str
+) -> None:
+    """Raise CheckpointError unless the UNet's latents are the VAE's, and its contexts the text encoder's.
+
+    own_vae: the configuration of the model's own VAE where another one is put in its place.
+    """
+    wanted = (unet.config.out_channels, (own_vae or vae.config).factor)
+    found = (vae.config.latent_channels, vae.config.factor)
+    if found != wanted:
+        expected = f"{wanted[0]} latent channels and factor {wanted[1]}"
+        raise CheckpointError(f"{where}: expected a VAE of {expected}, found {found[0]} and {found[1]}")
+
+    width, found_width = unet.config.per_block(unet.config.cross_attention_dim)[0], text_encoder.config.hidden_size
+    if found_width != width:
+        raise CheckpointError(f"{where}: expected a text encoder of width {width}, found {found_width}")
 
 
 def give_weights(module: Module, state: Mapping[str, Tensor], where: str) -> Module:
@@ -85,8 +112,25 @@ def give_weights(module: Module, state: Mapping[str, Tensor], where: str) -> Mod
             found = list(state[key].shape)
             raise CheckpointError(f"{where}: {key}: expected the shape {list(tensor.shape)}, found {found}")
 
+    _name_not_finite(state, where)
     module.load_state_dict(state, assign=True)
     return module.eval()
+
+
+def _name_not_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """A warning for weights that are NaN or infinite: whatever passes through them will be, too."""
+    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        logger.warning("%s: the weights %s%s are not finite: the file is damaged, or was trained or saved so",
+                       where, bad[0], more)  # fmt: skip
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN where one value is; no map of bools
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def give_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor], where: str) -> CLIPTextModel:
@@ -95,6 +139,7 @@ def give_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor], where: 
         unused = load_text_state(model, state)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
+    _name_not_finite(state, where)
     if unused:
         logger.info("%s: left out %s", where, ", ".join(unused))
     return model

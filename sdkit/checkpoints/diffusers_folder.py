@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sdkit.checkpoints.components import (
     Components,
-    build_networks,
+    build_text,
+    build_unet,
+    build_vae,
     check_bare,
+    check_fit,
     give_text_weights,
     give_weights,
     read_old_attention,
@@ -25,7 +29,11 @@ from sdkit.errors import CheckpointError
 from sdkit.files import new_folder, read_config, write_json
 from sdkit.networks.config import UNetConfig, VAEConfig
 from sdkit.networks.text_encoder import text_state_dict
+from sdkit.networks.vae import AutoencoderKL, run_dtype
 from sdkit.prompts.tokenizer import load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +47,52 @@ PIPELINES = {9: "StableDiffusionInpaintPipeline", 5: "StableDiffusionDepth2ImgPi
 DIFFUSERS_VERSION = "0.42.0"
 
 
-def load_folder(path: str | Path, *, dtype: torch.dtype | None = None, variant: str | None = None) -> Components:
+def load_folder(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    vae: AutoencoderKL | None = None,
+    text_encoder: CLIPTextModel | None = None,
+) -> Components:
     """Load a folder in diffusers' layout; ``dtype`` None keeps the files' own. Raises CheckpointError.
 
     ``variant`` picks files such as ``….fp16.safetensors``; without it the plain ones, or else the only variant there.
+    vae, text_encoder: used in place of the folder's own, which may be missing.
     """
     folder = Path(path)
-    extra = _read_index(folder)
+    given = {"vae": vae, "text_encoder": text_encoder}
+    extra = _read_index(folder, {name for name, network in given.items() if network is not None})
 
-    def part(name: str, weights: str = "diffusion_pytorch_model") -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return read_config(folder / name), load_weights(folder / name, weights, variant=variant, dtype=dtype)
+    def weights(part: str, name: str, dtype: torch.dtype | None = dtype) -> dict[str, Tensor]:
+        return load_weights(folder / part, name, variant=variant, dtype=dtype)
 
-    (unet_config, unet_state), (vae_config, vae_state) = part("unet"), part("vae")
-    text_config, text_state = part("text_encoder", "model")
-    unet, vae, text = build_networks(unet_config, vae_config, text_config, str(folder))
+    unet = build_unet(read_config(folder / "unet"), str(folder))
+    unet = give_weights(unet, weights("unet", "diffusion_pytorch_model"), str(folder / "unet"))
+    if vae is None:
+        vae = build_vae(read_config(folder / "vae"), str(folder))
+        wanted = None if dtype is None else run_dtype(vae.config, dtype)
+        state = read_old_attention(weights("vae", "diffusion_pytorch_model", wanted))
+        vae = give_weights(vae, state, str(folder / "vae"))
+    if text_encoder is None:
+        text = build_text(read_config(folder / "text_encoder"), str(folder))
+        text_encoder = give_text_weights(text, weights("text_encoder", "model"), str(folder / "text_encoder"))
+    has_own = (folder / "vae" / "config.json").is_file()
+    check_fit(unet, vae, text_encoder, VAEConfig.load(folder / "vae") if has_own else None, str(folder))
+
     return Components(
-        unet=give_weights(unet, unet_state, str(folder / "unet")),
-        vae=give_weights(vae, read_old_attention(vae_state), str(folder / "vae")),
-        text_encoder=give_text_weights(text, text_state, str(folder / "text_encoder")),
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=load_tokenizer(folder / "tokenizer"),
         scheduler_config=read_config(folder / "scheduler", "scheduler_config.json"),
         extra=extra,
     )
 
 
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """Check model_index.json against what we can run; the parts that are only carried along."""
+def _read_index(folder: Path, given: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Check model_index.json against what we can run, but for the parts that are ``given``; returns those that are only
+    carried along."""
     if not (folder / "model_index.json").is_file():
         found = "there is no such folder" if not folder.exists() else "it has no model_index.json"
         raise CheckpointError(f"{folder}: expected a model in diffusers' folder layout, but {found}")
@@ -73,8 +101,9 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
     parts = {k: cast("list[str]", v) for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}  # pyright: ignore[reportUnknownArgumentType]
     for name, classes in CLASSES.items():
         found = parts.pop(name, ["", "nothing"])[1]
-        if found not in classes:
-            raise CheckpointError(f"{folder}: expected {name} to be {classes[0]}, found {found}")
+        if found not in classes and name not in given:
+            hint = f": give one ({name}=, --{name.replace('_', '-')})" if found == "nothing" and name != "unet" else ""
+            raise CheckpointError(f"{folder}: expected {name} to be {classes[0]}, found {found}{hint}")
     if parts.pop("scheduler", None) is None:
         raise CheckpointError(f"{folder}: model_index.json names no scheduler")
 

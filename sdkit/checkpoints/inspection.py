@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.adapter_kinds import adapter_kinds
-from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_header, read_pickle, reading
+from sdkit.checkpoints.pickles import read_pickle, unwrapped
+from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_header, reading
 from sdkit.errors import CheckpointError
 from sdkit.files import read_config
 
@@ -21,6 +22,13 @@ WHOLE_MODELS = {
     "SDXL single file": r"conditioner\.embedders\..*",
     "{version} single file": r"(model\.diffusion_model\.|model_ema\.diffusion_model).*",
 }
+NEEDED = {
+    "UNet": r"model\.diffusion_model\..*|model_ema\.diffusion_model.*",
+    "VAE": r"first_stage_model\..*",
+    "text encoder": r"cond_stage_model\..*",
+}
+"""The networks of a single file of Stable Diffusion 1 or 2, with what their keys look like."""
+
 PARTS_OF_MODELS = {
     "VAE (single file)": r"(first_stage_model\.)?decoder\.up\.0\.block\.0\..*",
     "VAE (diffusers)": r"decoder\.up_blocks\.0\.resnets\.0\..*",
@@ -38,7 +46,7 @@ VERSIONS = {
 }  # by the context's width and the input channels
 BASES = {"sd_v1": "SD1", "sd_v2": "SD2", "sd_v2_v": "SD2 (v prediction)"}  # kohya's names
 TELLING = {
-    "context": r".*(input_blocks\.[12]\.1|down_blocks[._]0[._]attentions[._]0)[._]transformer_blocks[._]0[._]attn2"
+    "context": r".*(input_blocks[._][12][._]1|down_blocks[._]0[._]attentions[._]0)[._]transformer_blocks[._]0[._]attn2"
     r"[._]to_k(\.weight|\.lora_down\.weight|\.lora_A(\.\w+)?\.weight|\.lora\.down\.weight)",
     "input": r"model\.diffusion_model\.input_blocks\.0\.0\.weight|conv_in\.weight",
     "latent": r".*post_quant_conv\.weight",
@@ -47,7 +55,8 @@ TELLING = {
 
 
 def inspect_file(path: str | Path) -> dict[str, Any]:
-    """Read a file's or folder's kind, version, counts of tensors and parameters, dtypes, telling shapes and metadata.
+    """Read a file's or folder's kind, version, counts of tensors and parameters, dtypes, telling shapes and metadata;
+    of a whole model also the networks that it lacks.
 
     Of a safetensors file only the header is read. Raises CheckpointError when it is missing or damaged.
     """
@@ -62,10 +71,10 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
             entries = {k: (str(e["dtype"]), tuple(int(n) for n in e["shape"])) for k, e in header.items()}
     else:
         with torch.serialization.safe_globals([nn.ParameterDict]):  # plain data, in old textual inversions
-            content = read_pickle(path, "meta")
+            content = read_pickle(path, "meta", stubs=True)
         entries = {
             key: (str(value.dtype).removeprefix("torch."), tuple(value.shape))
-            for key, value in _flat(content.get("state_dict", content))
+            for key, value in _flat(unwrapped(content))
         }
         metadata = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, str)}
 
@@ -91,9 +100,11 @@ def _describe(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict
     version = base or (None if width is None else VERSIONS.get((width, channels), f"context width {width}"))
 
     dtypes = sorted({dtype for dtype, _ in entries.values()})
+    lacks = [part for part, pattern in NEEDED.items() if not any(re.fullmatch(pattern, key) for key in entries)]
     return {
         "kind": kind.format(version=version or "Stable Diffusion"),
         "version": version or "unknown",
+        **({"lacks": lacks} if lacks and kind == "{version} single file" else {}),
         "tensors": len(entries),
         "parameters": sum(prod(shape) for _, shape in entries.values()),
         "dtypes": {dtype: sum(found == dtype for found, _ in entries.values()) for dtype in dtypes},

@@ -22,19 +22,27 @@ from sdkit.networks.vae import AutoencoderKL
 logger = logging.getLogger(__name__)
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+TEXT = "cond_stage_model."
+CLIP, OPEN_CLIP = TEXT + "transformer.", TEXT + "model."
 
-# What a single file may hold beside the networks' weights. Everything else is an error.
+NETWORKS = (UNET, VAE, TEXT, EMA)
+"""Prefixes of the networks' keys: what a network does not know in here is an error."""
+
+# What a single file may hold inside these namespaces beside the weights, and outside of them without a warning.
 LEFT_OUT = {
     "noise schedule": r"betas|alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod|sqrt_alphas_cumprod"
     r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar"
     r"|scale_factor",
+    "marker keys": r"v_pred|ztsnr",
     "text positions": r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids",
-    "contrastive head": r"cond_stage_model\.(model\.attn_mask|(model\.)?(logit_scale|text_projection))",
+    "contrastive head": r"cond_stage_model\.(model\.attn_mask|((model|transformer)\.)?logit_scale"
+    r"|((model|transformer)\.)?text_projection(\.weight)?)",
     "averaging state": r"model_ema\.(decay|num_updates)",
     "depth estimator": r"depth_model\..*",
+    "image encoder": r"cond_stage_model\.(transformer\.(vision_model\..*|visual_projection\.weight)|model\.visual\..*)",
     "VAE training (loss., model_ema.)": r"first_stage_model\.(loss|model_ema)\..*",
 }
+_QUIET = ("noise schedule", "marker keys", "text positions", "contrastive head", "averaging state", "last text block")
 
 _UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
@@ -138,6 +146,15 @@ def take(state: dict[str, Tensor], names: Mapping[str, str], prefix: str, where:
     return result
 
 
+def take_text(state: dict[str, Tensor], expected: Iterable[str], where: str) -> dict[str, Tensor]:
+    """Move a text encoder's weights out of ``state``, for the diffusers keys ``expected``: from OpenCLIP's or Hugging
+    Face's names, the latter with or without ``text_model.``. Raises as `take`."""
+    if any(key.startswith(OPEN_CLIP) for key in state):
+        return take(state, open_clip_map(expected), OPEN_CLIP, where)
+    short = f"{CLIP}embeddings.token_embedding.weight" in state
+    return take(state, {name: name.removeprefix("text_model.") if short else name for name in expected}, CLIP, where)
+
+
 def _row(state: Mapping[str, Tensor], key: str) -> Tensor:
     """A tensor, or one of the three stacked matrices that ``key[0..2]`` names."""
     if not key.endswith("]"):
@@ -187,7 +204,8 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
     """Log by group the keys that no network uses; ``layers`` is the number of the text block that goes unused,
     None when the file is a VAE alone.
 
-    Raises CheckpointError for a key of no known group.
+    Outside of the networks' namespaces a group is what begins alike, as ``control_model.*``, and a warning. Raises
+    CheckpointError for a key of no known group inside.
     """
     patterns = LEFT_OUT | {"last text block": rf"cond_stage_model\.model\.transformer\.resblocks\.{layers}\..*"}
     if layers is None:
@@ -197,6 +215,9 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
     unknown: list[str] = []
     for key in state:
         group = next((name for name, pattern in patterns.items() if re.fullmatch(pattern, key)), None)
+        if group is None and layers is not None and not key.startswith(NETWORKS):
+            first, dot, _ = key.partition(".")
+            group = f"{first}.*" if dot else key
         if group is None:
             unknown.append(key)
         else:
@@ -206,5 +227,5 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise CheckpointError(f"{where}: not understood: {', '.join(unknown[:3])}{more}")
     for group, count in counts.items():
-        level = logging.WARNING if group.startswith(("depth", "VAE training")) else logging.INFO
+        level = logging.INFO if group in _QUIET else logging.WARNING
         logger.log(level, "%s: left out %s (%d tensors)", where, group, count)

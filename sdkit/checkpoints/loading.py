@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +16,13 @@ from sdkit.checkpoints.components import Components
 from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
 from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checkpoints.single_file import load_single_file, save_single_file
+from sdkit.checkpoints.text_encoder_file import load_text_encoder
 from sdkit.checkpoints.vae_file import load_vae_file, load_vae_folder, save_vae_file, save_vae_folder
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.networks.vae import AutoencoderKL
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 MODELS = Path(__file__).parents[1] / "models"
 """The models that ship with us, each a diffusers folder."""
@@ -45,12 +49,15 @@ class Format:
     options: tuple[str, ...] = ()
 
 
+REPLACEABLE = ("vae", "text_encoder")
+"""The networks that may be given in place of a model's own."""
+
 FOLDER = Format(
     "diffusers folder",
     lambda kind: kind == "diffusers folder",
     load_folder,
     save_folder,
-    options=("variant",),
+    options=("variant", *REPLACEABLE),
 )
 SINGLE_FILE = Format(
     "single file",
@@ -58,7 +65,7 @@ SINGLE_FILE = Format(
     load_single_file,
     save_single_file,
     suffix=".safetensors",
-    options=("preset", "prediction_type", "use_ema"),
+    options=("preset", "prediction_type", "zero_snr", "use_ema", *REPLACEABLE),
 )
 FORMATS = (FOLDER, SINGLE_FILE)
 """The formats of whole models."""
@@ -96,30 +103,42 @@ def is_single_file(model: str | Path) -> bool:
     return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
 
 
-def load(model: str | Path, *, dtype: torch.dtype | None = None, **options: Any) -> Components:
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    vae: str | Path | AutoencoderKL | None = None,
+    text_encoder: str | Path | CLIPTextModel | None = None,
+    **options: Any,
+) -> Components:
     """Load a shipped model by its name, a diffusers folder or a single file; ``dtype`` None keeps the files' own.
 
+    vae, text_encoder: a network, or its file or folder, in place of the model's own, which may be missing.
     options: of the format's ``load``; those that are None do not count. Raises CheckpointError, and ConfigError for an
     option that this format does not take.
     """
     path = find_model(model)
     by_ending = {known.suffix: known for known in FORMATS if known.suffix}
     chosen = by_ending.get(path.suffix.lower(), SINGLE_FILE) if path.is_file() else FOLDER
-    given = {name: value for name, value in options.items() if value is not None}
+
+    given = {"vae": vae, "text_encoder": text_encoder, **options}
+    given = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(given.keys() - set(chosen.options)):
         raise ConfigError(f"{', '.join(unknown)}: expected none, as {model} is a {chosen.name}, which says it itself")
+
+    if isinstance(vae, str | Path):
+        given["vae"] = load_vae(vae, dtype=dtype)
+    if isinstance(text_encoder, str | Path):
+        given["text_encoder"] = load_text_encoder(find_model(text_encoder), dtype=dtype)
     return chosen.load(path, dtype=dtype, **given)
 
 
 def load_vae(model: str | Path, *, dtype: torch.dtype | None = None) -> AutoencoderKL:
     """Load a VAE alone, from a file or a folder, or that of a whole model. Raises CheckpointError."""
     path = find_model(model)
-    if (path / "vae").is_dir():
-        return load_vae_folder(path / "vae", dtype=dtype)
     if path.is_dir():
-        return load_vae_folder(path, dtype=dtype)
-    whole = format_of(path)
-    return load_vae_file(path, dtype=dtype) if whole is None else whole.load(path, dtype=dtype).vae
+        return load_vae_folder(path / "vae" if (path / "vae").is_dir() else path, dtype=dtype)
+    return load_vae_file(path, dtype=dtype)
 
 
 def save(what: Components | AutoencoderKL, path: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdkit.checks import is_count
 from sdkit.errors import ConfigError
 from sdkit.networks.config import BOOKKEEPING
 from sdkit.sampling.samplers import SAMPLERS
 from sdkit.sampling.schedule import NoiseSchedule
+from sdkit.sampling.spacing import SPACINGS
 
 _ALGORITHMS = {name: sampler.algorithm for name, sampler in SAMPLERS.items() if sampler.algorithm}
 
@@ -47,10 +49,23 @@ _OF_CLASS: dict[str, dict[str, Any]] = {
         **_SIGMA_SWITCHES, "final_sigmas_type": "zero", "rescale_betas_zero_snr": False, "solver_order": 2,
         "solver_type": "bh2",
     },
+    "DPMSolverSinglestepScheduler": {
+        **_SIGMA_SWITCHES, "final_sigmas_type": "zero", "solver_order": 2, "solver_type": "midpoint",
+        "algorithm_type": "dpmsolver++",
+    },
     "DEISMultistepScheduler": {**_SIGMA_SWITCHES, "solver_order": 2},
     "LCMScheduler": _DISTILLED,
     "TCDScheduler": _DISTILLED,
 }  # fmt: skip
+
+_SAME = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDPMScheduler"}
+"""Classes of diffusers with the numbers of another one."""
+
+# What a class does not read, whatever the file says: the first has one spacing alone, and where it ends at sigma 0 its
+# last steps are of lower order in any case.
+_UNREAD: dict[str, tuple[str, ...]] = {
+    "DPMSolverSinglestepScheduler": ("timestep_spacing", "steps_offset", "lower_order_final"),
+}
 
 # Keys that are no part of a plan: they may stand in any file as long as they ask for nothing; () means that no value
 # of them asks for anything.
@@ -87,12 +102,16 @@ def read_scheduler_config(values: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
     clip_sample_range and dynamic_threshold of `sdkit.sampling.guidance.Guidance`.
     """
     name = str(values.get("_class_name"))
+    name = _SAME.get(name, name)
     if name not in scheduler_classes():
-        raise ConfigError(f"scheduler config: expected _class_name in {', '.join(scheduler_classes())}, found {name!r}")
+        known = ", ".join((*scheduler_classes(), *_SAME))
+        raise ConfigError(f"scheduler config: expected _class_name in {known}, found {name!r}")
 
     # The file's values over the class's own defaults; those that a plan cannot express are refused by name.
-    own = _COMMON | _OF_CLASS.get(name, {})
+    own = _own(name)
     merged = own | {key: value for key, value in values.items() if key not in BOOKKEEPING}
+    if values.get("final_sigmas_type", "zero") == "zero":
+        merged = {key: value for key, value in merged.items() if key in own or key not in _UNREAD.get(name, ())}
     sampler = _sampler(name, merged)
     unsupported = [
         f"{key}={value!r}" + ("" if key in values else f" (the default of {name})")
@@ -111,13 +130,56 @@ def read_scheduler_config(values: Mapping[str, Any]) -> tuple[NoiseSchedule, dic
     defaults: dict[str, Any] = {
         "sampler": sampler,
         "sigmas": spaced[0] if spaced else None,
-        "timestep_spacing": merged["timestep_spacing"],
-        "steps_offset": merged["steps_offset"],
+        "timestep_spacing": merged.get("timestep_spacing", "linspace"),
+        "steps_offset": merged.get("steps_offset", 0),
         "set_alpha_to_one": bool(merged.get("set_alpha_to_one", False)),
         "final_sigmas_type": merged.get("final_sigmas_type", "zero"),
     }
     usual = _usual(sampler)
     return schedule, defaults | {key: merged[key] for key in usual if key in own and merged[key] != usual[key]}
+
+
+def read_noise_schedule(values: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a scheduler_config.json of any class, also of one that no sampler corresponds to.
+
+    Raises ConfigError for a schedule or prediction type that there is not.
+    """
+    own = _COMMON | _OF_CLASS.get(str(values.get("_class_name")), {})
+    if unknown := [key for key in ("beta_start", "beta_end") if key not in own | dict(values)]:
+        raise ConfigError(f"scheduler config: expected {', '.join(unknown)}")
+    merged = own | dict(values)
+    return NoiseSchedule(**{key: merged[key] for key in _SCHEDULE_KEYS if key in merged})
+
+
+def read_spacing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `make_plan` that place the timesteps, of a scheduler_config.json of any class."""
+    own = _COMMON | _OF_CLASS.get(str(values.get("_class_name")), {}) | dict(values)
+    known = own["timestep_spacing"] in SPACINGS and is_count(own["steps_offset"])
+    return {key: own[key] for key in ("timestep_spacing", "steps_offset")} if known else {}
+
+
+def with_facts(values: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json with other values of the noise schedule: what `sdkit.checkpoints.evidence` found.
+
+    Zero terminal SNR needs a class that knows it and a spacing that starts at the last timestep: DDIM and "trailing",
+    as arXiv 2305.08891 has it, where the class of ``values`` does not have the key.
+    """
+    merged = {**values, **facts}
+    name = str(merged.get("_class_name"))
+    if "rescale_betas_zero_snr" in _OF_CLASS.get(name, {}):
+        return merged
+    if not merged.pop("rescale_betas_zero_snr", False):
+        return merged
+
+    kept = {key: value for key, value in merged.items() if key in _own("DDIMScheduler")}
+    changed = {"clip_sample": False, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    return {"_class_name": "DDIMScheduler"} | kept | changed
+
+
+def _own(name: str) -> dict[str, Any]:
+    """The keys of a class with its defaults."""
+    keys = _COMMON | _OF_CLASS.get(name, {})
+    return {key: value for key, value in keys.items() if key not in _UNREAD.get(name, ())}
 
 
 def scheduler_classes() -> list[str]:
@@ -166,7 +228,7 @@ def write_scheduler_config(schedule: NoiseSchedule, defaults: Mapping[str, Any])
     if not name:
         raise ConfigError(f"scheduler config: diffusers' class for sampler {sampler!r} is not known")
 
-    own = _COMMON | _OF_CLASS.get(name, {})
+    own = _own(name)
     values: dict[str, Any] = {key: getattr(schedule, key) for key in _SCHEDULE_KEYS}
     values["trained_betas"] = None if schedule.trained_betas is None else list(schedule.trained_betas)
     values |= {key: wanted[key] for key in ("timestep_spacing", "steps_offset", "final_sigmas_type")}
@@ -176,10 +238,11 @@ def write_scheduler_config(schedule: NoiseSchedule, defaults: Mapping[str, Any])
     values |= {key: wanted.get(key, value) for key, value in usual.items()}
     values |= {"algorithm_type": _ALGORITHMS[sampler]} if sampler in _ALGORITHMS else {}
 
+    only = usual | {"timestep_spacing": "linspace", "steps_offset": 0}  # of a class that has no key for it
     lost = [
         f"{key}={value!r}"
         for key, value in values.items()
-        if key not in own and value != usual.get(key, ...) and not _inert(key, value)
+        if key not in own and value != only.get(key, ...) and not (key in _INERT and _inert(key, value))
     ]
     if lost:
         raise ConfigError(f"scheduler config: diffusers' {name} has no {', '.join(lost)}")

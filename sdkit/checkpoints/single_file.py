@@ -5,27 +5,45 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sdkit.checkpoints.components import (
     Components,
-    build_networks,
+    build_text,
+    build_unet,
+    build_vae,
     check_bare,
+    check_fit,
     give_text_weights,
     give_weights,
     read_old_attention,
     text_config,
+)
+from sdkit.checkpoints.evidence import (
+    SCHEDULE,
+    Evidence,
+    decide,
+    first_to_say,
+    from_arguments,
+    from_markers,
+    from_metadata,
+    from_own_metadata,
+    from_schedule,
+    from_sidecar,
+    own_configs,
 )
 from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checkpoints.key_maps import (
     CLIP,
     EMA,
     OPEN_CLIP,
+    TEXT,
     UNET,
     VAE,
     give,
@@ -33,19 +51,22 @@ from sdkit.checkpoints.key_maps import (
     open_clip_extras,
     open_clip_map,
     take,
+    take_text,
     unet_map,
     vae_map,
     vae_to_single,
 )
 from sdkit.checkpoints.presets import ALL_PRESETS, PRESETS, read_preset
+from sdkit.checkpoints.scheduler_config import with_facts
 from sdkit.checkpoints.tensors import read_state, write_state
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.text_encoder import text_state_dict
+from sdkit.networks.vae import AutoencoderKL
 from sdkit.prompts.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -60,66 +81,103 @@ def load_single_file(
     *,
     preset: str | None = None,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     use_ema: bool = False,
+    vae: AutoencoderKL | None = None,
+    text_encoder: CLIPTextModel | None = None,
     dtype: torch.dtype | None = None,
 ) -> Components:
     """Load a ``.safetensors`` or ``.ckpt`` file of a whole model; ``dtype`` None keeps the file's own.
 
-    The configuration comes from ``preset`` (one of ``ALL_PRESETS``), else from the file's metadata where we wrote it,
-    else from the preset that fits the UNet's context width and input channels. Epsilon or v cannot be told from the
-    weights: ``prediction_type``, else the metadata ("modelspec.prediction_type"), else "v_prediction" for SD2 with 4
-    channels (768-v) and "epsilon" for all others. ``use_ema`` takes the averaged UNet weights; they are also taken
-    when there are no others. Raises CheckpointError for what cannot be read, is missing, or is not understood.
+    The networks' configurations come from ``preset`` (one of ``ALL_PRESETS``), else from the file's metadata where we
+    wrote it, else from the preset that fits the UNet's context width and input channels. Prediction type (epsilon, v,
+    sample), noise schedule and zero terminal SNR cannot be told from the weights: see `sdkit.checkpoints.evidence` for
+    what tells them, in order; ``prediction_type`` and ``zero_snr`` come first. When nothing does, a UNet of SD2 with 4
+    channels is taken for v_prediction (768-v), all others for epsilon.
+
+    use_ema: take the averaged UNet weights; they are also taken when there are no others. vae, text_encoder: used in
+    place of the file's own, which may be missing. Raises CheckpointError for what cannot be read, is missing, or is
+    not understood.
     """
     if preset is not None and preset not in ALL_PRESETS:
         raise ConfigError(f"preset: expected one of {', '.join(ALL_PRESETS)}, found {preset!r}")
-    if prediction_type not in (None, "epsilon", "v_prediction", "sample"):
-        raise ConfigError(f"prediction_type: expected epsilon, v_prediction or sample, found {prediction_type!r}")
+    arguments = from_arguments(prediction_type, zero_snr)
 
-    state, metadata = read_state(path, dtype)
+    state, metadata = read_state(path, dtype, exact=(SCHEDULE,))
     where = str(path)
-    configs = _choose_configs(state, metadata, preset, prediction_type, where)
+    own = own_configs(metadata, where, "unet", "vae", "text_encoder", "scheduler") if preset is None else None
+    sources = [
+        arguments,
+        from_sidecar(Path(path)),
+        from_own_metadata(own and own["scheduler"]),
+        from_metadata(metadata, where),
+        from_markers(state),
+        from_schedule(state, where),
+    ]
+    configs = _choose_configs(state, own, preset, sources, where)
 
-    unet, vae, text = build_networks(configs["unet"], configs["vae"], configs["text_encoder"], where)
+    unet = build_unet(configs["unet"], where)
     unet_state = _take_unet(state, unet_map(unet.state_dict(), unet.config), use_ema, where)
-    vae_state = take(state, vae_map(vae.state_dict(), len(vae.config.block_out_channels)), VAE, where)
-    text_state = _take_text(state, text_state_dict(text), where)
+    if vae is None:
+        _expect_some(state, VAE, "VAE", "vae", where)
+        vae = build_vae(configs["vae"], where)
+        vae_state = take(state, vae_map(vae.state_dict(), len(vae.config.block_out_channels)), VAE, where)
+        vae = give_weights(vae, read_old_attention(vae_state), f"{where}: VAE")
+    else:
+        _drop(state, VAE, "the file's own VAE", where)
+
+    text = build_text(configs["text_encoder"], where)
+    if text_encoder is None:
+        _expect_some(state, TEXT, "text encoder", "text_encoder", where)
+        text_encoder = give_text_weights(text, take_text(state, text_state_dict(text), where), where)
+    else:
+        _drop(state, TEXT, "the file's own text encoder", where)
     leftovers(state, where, text.config.num_hidden_layers)
+    check_fit(unet, vae, text_encoder, build_vae(configs["vae"], where).config, where)
 
     return Components(
         unet=give_weights(unet, unet_state, f"{where}: UNet"),
-        vae=give_weights(vae, read_old_attention(vae_state), f"{where}: VAE"),
-        text_encoder=give_text_weights(text, text_state, where),
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=_tokenizer(configs.get("tokenizer"), unet.config, where),
         scheduler_config=configs["scheduler"],
     )
 
 
 def _choose_configs(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str], preset: str | None, prediction: str | None, where: str
+    state: Mapping[str, Tensor], own: dict[str, Any] | None, preset: str | None, sources: list[Evidence], where: str
 ) -> dict[str, Any]:
     """The configs of the file, by the rules in ``load_single_file``."""
-    if preset is None and "sdkit_config" in metadata:
-        try:
-            configs = cast("dict[str, Any]", json.loads(metadata["sdkit_config"]))
-            if missing := {"unet", "vae", "text_encoder"} - configs.keys():
-                raise KeyError(missing)
-            configs["scheduler"] |= {"prediction_type": prediction} if prediction else {}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise CheckpointError(f"{where}: the metadata sdkit_config is damaged") from None
-        return configs
+    if own is not None:
+        return own | {"scheduler": with_facts(own["scheduler"], decide(sources, where))}
 
-    stated = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
     name = preset or _detect_preset(state, where)
-    if name == "sd2" and preset is None and (prediction or stated) == "epsilon":
+    said = first_to_say("prediction_type", sources)
+    if name == "sd2" and preset is None and said is not None and said.facts["prediction_type"] == "epsilon":
         name = "sd2_base"
-    if name == "sd2" and preset is None and not (prediction or stated):
-        logger.warning("%s: its weights do not tell, so it is taken for v_prediction (a 768-v model)", where)
+    if name == "sd2" and preset is None and said is None:
+        logger.warning("%s: nothing tells, so it is taken for v_prediction (a 768-v model)", where)
 
     configs = read_preset(name)
-    chosen = prediction or (None if preset else stated)
-    configs["scheduler"] |= {"prediction_type": chosen} if chosen else {}
-    return configs
+    scheduler = configs["scheduler"]
+    stated = Evidence(f"the preset {name}", {"prediction_type": scheduler["prediction_type"]})
+    ordered = [*sources, stated] if preset is None else [sources[0], replace(stated, source="preset"), *sources[1:]]
+    return configs | {"scheduler": with_facts(scheduler, decide(ordered, where))}
+
+
+def _expect_some(state: Mapping[str, Tensor], prefix: str, what: str, argument: str, where: str) -> None:
+    if not any(key.startswith(prefix) for key in state):
+        flag = argument.replace("_", "-")
+        raise CheckpointError(f"{where}: has no {what} ({prefix}…): give one ({argument}=, --{flag})")
+
+
+def _drop(state: dict[str, Tensor], prefix: str, what: str, where: str) -> None:
+    """Take the keys of a network that is not used out of ``state``, and log it."""
+    keys = [key for key in state if key.startswith(prefix)]
+    for key in keys:
+        del state[key]
+    if keys:
+        logger.info("%s: left out %s (%d tensors): another one is used", where, what, len(keys))
 
 
 def _detect_preset(state: Mapping[str, Tensor], where: str) -> str:
@@ -147,29 +205,21 @@ def _ema_key(key: str) -> str:
 
 
 def _take_unet(state: dict[str, Tensor], names: Mapping[str, str], use_ema: bool, where: str) -> dict[str, Tensor]:
-    """Move the plain or the averaged weights out of ``state``; the others too, and these are named in the log."""
+    """Move the plain or the averaged weights out of ``state``; the others too, and the log names them."""
     averaged = {name: _ema_key(key).removeprefix(EMA) for name, key in names.items()}
     has_ema = any(EMA + key in state for key in averaged.values())
+    has_plain = any(UNET + key in state for key in names.values())
     if use_ema and not has_ema:
         raise CheckpointError(f"{where}: use_ema: the file has no averaged weights ({EMA}…)")
 
-    has_plain = any(UNET + key in state for key in names.values())
-    plain = take(state, names, UNET, where) if has_plain or not has_ema else None
-    ema = take(state, averaged, EMA, where) if has_ema else None
+    use_ema = use_ema or (has_ema and not has_plain)
+    chosen = take(state, averaged, EMA, where) if use_ema else take(state, names, UNET, where)
 
-    if plain is not None and ema is not None:
+    # The other set need not be whole.
+    other = [UNET + key for key in names.values()] if use_ema else [EMA + key for key in averaged.values()]
+    if any([state.pop(key, None) is not None for key in other]):
         logger.info("%s: left out the %s weights of the UNet", where, "plain" if use_ema else "averaged")
-    chosen = ema if use_ema or plain is None else plain
-    assert chosen is not None
     return chosen
-
-
-def _take_text(state: dict[str, Tensor], expected: Iterable[str], where: str) -> dict[str, Tensor]:
-    """The text encoder's weights, from OpenCLIP's or Hugging Face's names, the latter with or without text_model."""
-    if any(key.startswith(OPEN_CLIP) for key in state):
-        return take(state, open_clip_map(expected), OPEN_CLIP, where)
-    short = f"{CLIP}embeddings.token_embedding.weight" in state
-    return take(state, {name: name.removeprefix("text_model.") if short else name for name in expected}, CLIP, where)
 
 
 def _tokenizer(files: Mapping[str, str] | None, config: UNetConfig, where: str) -> CLIPTokenizer:

@@ -1,10 +1,9 @@
-"""Files of tensors: safetensors and pickles, read and written. A pickle that holds code is refused."""
+"""Files of tensors: safetensors and pickles, read and written. Code in a pickle is never run."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,33 +13,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdkit.checkpoints.pickles import read_pickle, tensors_in
 from sdkit.errors import CheckpointError, one_line
 from sdkit.files import replacing
 
 
-def read_state(path: str | Path, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_state(
+    path: str | Path, dtype: torch.dtype | None = None, exact: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and metadata of a safetensors or a pickled file, on the CPU, floating-point ones as ``dtype``.
 
-    A pickle's tensors may lie under "state_dict"; it is read with ``weights_only=True``.
-    Raises CheckpointError when the file is missing, damaged, of another format, or holds code.
+    Those of 8 bits, which nothing computes with, become float16 where ``dtype`` is None. Tensors named in ``exact``
+    keep their own. A pickle's tensors may lie under "state_dict", "model" or "module" (`sdkit.checkpoints.pickles`). A
+    prefix that wrappers of torch put before every name ("module.", "_orig_mod.") is taken away.
+    Raises CheckpointError when the file is missing, damaged, or of another format.
     """
     path = existing_file(path)
     if is_safetensors(path):
         read_header(path)
         with reading(path), safe_open(path, framework="pt") as file:
             metadata = cast("dict[str, str]", file.metadata() or {})
-            return {key: _cast(file.get_tensor(key), dtype) for key in file.keys()}, metadata  # noqa: SIM118
+            keys = cast("list[str]", file.keys())
+            state = {key: _cast(file.get_tensor(key), None if key in exact else dtype) for key in keys}
+            return _without_wrappers(state), metadata
 
-    content = read_pickle(path, "cpu")
-    content = content.get("state_dict", content)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dict of tensors under state_dict, found {type(content).__name__}")
+    tensors = tensors_in(read_pickle(path, "cpu", stubs=True), str(path))
+    return _without_wrappers({k: _cast(v, None if k in exact else dtype) for k, v in tensors.items()}), {}
 
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors or len(tensors) < len(content):
-        found = next((f"{k!r} is a {type(v).__name__}" for k, v in content.items() if k not in tensors), "it is empty")
-        raise CheckpointError(f"{path}: expected a dict of tensors, but {found}")
-    return {key: _cast(tensor, dtype) for key, tensor in tensors.items()}, {}
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that they have in the module itself, not in a DistributedDataParallel around it."""
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(key.startswith(prefix) for key in state):
+            return _without_wrappers({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    return state
 
 
 def write_state(
@@ -68,6 +74,8 @@ def write_pickle(content: object, path: str | Path) -> None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None and tensor.is_floating_point() and tensor.itemsize == 1:
+        dtype = torch.float16  # holds every value of float8_e4m3fn and float8_e5m2
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
@@ -115,21 +123,3 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: truncated safetensors file: expected {8 + length + end} bytes, found {size}")
     return header, metadata
-
-
-def read_pickle(path: Path, device: str) -> dict[Any, Any]:
-    """Read the dict in a pickled file; on the device "meta" without its data."""
-    try:
-        with path.open("rb") as file:
-            mapped = file.read(2) == b"PK" and device == "cpu"
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-    except Exception as error:  # anything can be wrong with a pickle
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-            name = re.search(r"GLOBAL ([\w.]+)", str(error))
-            found = f" ({name[1]})" if name else ""
-            raise CheckpointError(f"{path}: the pickle holds code or objects{found}, only tensors are loaded") from None
-        raise CheckpointError(f"{path}: damaged or no torch checkpoint: {one_line(error)}") from None
-
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    return cast("dict[Any, Any]", content)

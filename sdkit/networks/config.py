@@ -147,7 +147,6 @@ class VAEConfig(_JsonConfig):
     CLASS_NAME = "AutoencoderKL"
     INERT = {
         "act_fn": ("silu",),
-        "force_upcast": (True, False),
         "latents_mean": (None,),
         "latents_std": (None,),
         "shift_factor": (None, 0.0),
@@ -166,6 +165,7 @@ class VAEConfig(_JsonConfig):
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    force_upcast: bool = False  # run in float32 where the model is in float16, as it overflows there
 
     @property
     def factor(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sdkit.errors import ConfigError
+from sdkit.errors import ConfigError, NumericalError
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae_blocks import Decoder, Encoder
 from sdkit.networks.vae_tiling import TILE, decode_tiled, encode_tiled
@@ -112,24 +112,65 @@ def _checked(config: VAEConfig) -> VAEConfig:
     return config
 
 
+def run_dtype(config: VAEConfig, dtype: torch.dtype) -> torch.dtype:
+    """What a VAE is kept in where the model is in ``dtype``: float32 instead of float16 under ``force_upcast``."""
+    return torch.float32 if config.force_upcast and dtype == torch.float16 else dtype
+
+
 def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None) -> Tensor:
     """Decode latents in the noise predictor's scale to pixels [B, 3, f h, f w], float32 or wider, about [-1, 1].
 
     ``tiling``: whether to work tile by tile; None: where a picture would not fit in the free memory (`choose_tile`).
-    A float16 VAE that overflows decodes again in float32, with a warning. Values may still be non-finite.
+    A float16 VAE that overflows decodes again in float32, with a warning. Raises NumericalError, with what to do about
+    it, for pixels that are not finite even so.
     """
     z = latents / vae.config.scaling_factor
     tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
-    pixels = vae.decode(z.to(vae.device, vae.dtype), tile)
+    pixels = _finite(vae, "decoder", lambda: (vae.decode(z.to(vae.device, vae.dtype), tile),))[0]
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
-    if vae.dtype == torch.float16 and not bool(pixels.isfinite().all()):
-        warnings.warn("the VAE overflowed in float16; decoding again in float32", stacklevel=2)
+
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, tiling: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents [B, C, h, w] of pictures [B, 3, f h, f w] in [-1, 1], unscaled.
+
+    Arguments, a second run in float32 and errors as in `decode_latents`.
+    """
+    tile = choose_tile(vae, pictures.shape[2], pictures.shape[3], tiling)
+
+    def run() -> tuple[Tensor, ...]:
+        posterior = vae.encode(pictures.to(vae.device, vae.dtype), tile)
+        return posterior.mean, posterior.std
+
+    mean, std = _finite(vae, "encoder", run)
+    return mean, std
+
+
+def _finite(vae: AutoencoderKL, part: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The finite results of ``run``, which calls the VAE's encoder or decoder (``part``) in ``vae.dtype``.
+
+    A float16 VAE that overflows runs again in float32, with a warning. Raises NumericalError with the remedy.
+    """
+    results = run()
+    if vae.dtype == torch.float16 and not _all_finite(results):
+        warnings.warn(f"the VAE {part} overflowed in float16; it runs again in float32", stacklevel=3)
         try:
-            pixels = vae.float().decode(z.to(vae.device, torch.float32), tile)
+            vae.float()
+            results = run()
         finally:
             vae.half()
 
-    return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    if not _all_finite(results):
+        what = "pixels" if part == "decoder" else "latents"
+        found = str(vae.dtype).removeprefix("torch.")
+        bad = next((name for name, value in vae.state_dict().items() if not _all_finite((value,))), None)
+        cause = f"its weights {bad} are not finite" if bad else f"found NaN or infinity in {found}"
+        wider = "" if vae.dtype in (torch.float32, torch.float64) or bad else "use float32 (--dtype float32), or "
+        raise NumericalError(f"VAE {part}: {what} are not finite: {cause}; {wider}give another VAE (--vae, load_vae)")
+    return results
+
+
+def _all_finite(tensors: tuple[Tensor, ...]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def choose_tile(

@@ -105,6 +105,56 @@ def _curvature(steps: Steps, i: int, order: int, g: float, known: list[Array]) -
     return phi2 * (slope + ratios[0] * bend) + (0.5 - phi2 / g) * bend
 
 
+def dpmpp_singlestep(steps: Steps) -> Iterator[Call]:
+    """Singlestep DPM-Solver++, arXiv 2211.01095, algorithm 1, of order 1 to 3, one call a step.
+
+    The steps come in groups of ``order``: each goes from the group's first point to its own next one, by the estimates
+    of x0 at the group's points so far. The last steps are of lower order, as in diffusers.
+    """
+    x, start, *old, prediction, _ = basis(4)
+    orders = _singlestep_orders(steps.num_inference_steps, steps.order, ends_clean=steps.levels[-1].noise == 0)
+    for i, wanted in enumerate(orders[steps.num_inference_steps - steps.num_steps :]):
+        x0, _ = steps.estimates(i, x, prediction)
+        order = min(wanted, i + 1)
+        begin = x if order == 1 else start
+
+        first, after = steps.levels[i - order + 1], steps.levels[i + 1]
+        lambdas = [steps.levels[i - order + 1 + j].log_snr - first.log_snr for j in range(order)]
+        h = after.log_snr - first.log_snr
+        known = [*reversed(old[: order - 1]), x0]
+
+        target = -math.expm1(-h) * known[0] + _slopes(lambdas, h, known, steps.solver_type)
+        yield steps.call(i, [after.noise / first.noise * begin + after.signal * target, begin, x0, old[0]], x0)
+
+
+def _singlestep_orders(count: int, order: int, ends_clean: bool) -> list[int]:
+    """The order of each of ``count`` steps: whole groups 1, 2, ..., then what is left, and 1 where sigma ends at 0."""
+    groups = (count - 1) // order if count % order == 0 else count // order
+    rest = [*range(1, order), 1] if count % order == 0 else [*range(1, count % order + 1)]
+    orders = [*range(1, order + 1)] * groups + rest
+    return [*orders[:-1], 1] if ends_clean else orders
+
+
+def _slopes(lambdas: list[float], h: float, known: list[Array], solver_type: str) -> Array:
+    """The terms of the target beyond the first: of the estimates ``known`` at log SNRs ``lambdas`` from the first."""
+    if len(known) == 1:
+        return np.zeros_like(known[0])
+
+    phi1 = -math.expm1(-h)
+    phi2 = 1 - phi1 / h
+    ratios = [value / h for value in lambdas[1:]]
+    slopes = [(estimate - known[0]) / ratio for estimate, ratio in zip(known[1:], ratios, strict=True)]
+    if len(known) == 2:
+        return (phi1 / 2 if solver_type == "midpoint" else phi2) * slopes[0]
+    if solver_type == "midpoint":
+        return phi2 * slopes[1]
+
+    near, far = ratios
+    slope = (far * slopes[0] - near * slopes[1]) / (far - near)
+    bend = 2 * (slopes[1] - slopes[0]) / (far - near)
+    return phi2 * slope + (0.5 - phi2 / h) * bend
+
+
 def deis(steps: Steps) -> Iterator[Call]:
     """DEIS, arXiv 2204.13902, the log-rho form: the polynomial in log sigma through the last epsilons, integrated over
     sigma. The first steps are of lower order; of fewer than 15 steps the last ones too."""
@@ -184,7 +234,7 @@ def _unified_moments(h: float, count: int) -> Array:
     return np.array(moments)
 
 
-def _dpmpp(order: int, algorithm: str, a1111: str, sde: bool = False) -> Sampler:
+def _dpmpp(order: int, algorithm: str, a1111: str, comfyui: str, sde: bool = False) -> Sampler:
     """A row for a DPM-Solver++, all of which diffusers has in one class."""
     return Sampler(
         partial(dpmpp, sde=sde),
@@ -196,17 +246,35 @@ def _dpmpp(order: int, algorithm: str, a1111: str, sde: bool = False) -> Sampler
         diffusers="DPMSolverMultistepScheduler",
         algorithm=algorithm,
         a1111=a1111,
+        comfyui=comfyui,
     )
 
 
 MULTISTEP: Mapping[str, Sampler] = {
     "pndm": Sampler(pndm, "table", "table", diffusers="PNDMScheduler", a1111="PLMS"),
     "lms": Sampler(
-        lms, "sigma", "clean", exploding=True, orders=(4, 1, 2, 3), diffusers="LMSDiscreteScheduler", a1111="LMS"
+        lms,
+        "sigma",
+        "clean",
+        exploding=True,
+        orders=(4, 1, 2, 3),
+        diffusers="LMSDiscreteScheduler",
+        a1111="LMS",
+        comfyui="lms",
     ),
-    "dpmpp_2m": _dpmpp(2, "dpmsolver++", "DPM++ 2M"),
-    "dpmpp_2m_sde": _dpmpp(2, "sde-dpmsolver++", "DPM++ 2M SDE", sde=True),
-    "dpmpp_3m_sde": _dpmpp(3, "sde-dpmsolver++", "DPM++ 3M SDE", sde=True),
+    "dpmpp_2m": _dpmpp(2, "dpmsolver++", "DPM++ 2M", "dpmpp_2m"),
+    "dpmpp_2m_sde": _dpmpp(2, "sde-dpmsolver++", "DPM++ 2M SDE", "dpmpp_2m_sde", sde=True),
+    "dpmpp_3m_sde": _dpmpp(3, "sde-dpmsolver++", "DPM++ 3M SDE", "dpmpp_3m_sde", sde=True),
+    "dpmpp_2s": Sampler(
+        dpmpp_singlestep,
+        "multistep",
+        "sigma",
+        karras_times="rounded",
+        orders=(2, 1, 3),
+        solver_types=("midpoint", "heun"),
+        diffusers="DPMSolverSinglestepScheduler",
+        algorithm="dpmsolver++",
+    ),
     "deis": Sampler(
         deis,
         "multistep",
@@ -215,6 +283,7 @@ MULTISTEP: Mapping[str, Sampler] = {
         orders=(2, 1, 3),
         diffusers="DEISMultistepScheduler",
         a1111="DEIS",
+        comfyui="deis",
     ),
     "unipc": Sampler(
         unipc,
@@ -225,5 +294,6 @@ MULTISTEP: Mapping[str, Sampler] = {
         solver_types=("bh2", "bh1"),
         diffusers="UniPCMultistepScheduler",
         a1111="UniPC",
+        comfyui="uni_pc_bh2",
     ),
 }

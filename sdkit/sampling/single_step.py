@@ -172,13 +172,23 @@ def tcd(steps: Steps) -> Iterator[Call]:
 
 
 SINGLE_STEP: Mapping[str, Sampler] = {
-    "ddim": Sampler(ddim, "table", "table", takes_eta=True, diffusers="DDIMScheduler", a1111="DDIM"),
-    "ddpm": Sampler(ddpm, "table", "clean", diffusers="DDPMScheduler", a1111="DDPM"),
-    "euler": Sampler(euler, "sigma", "sigma", exploding=True, diffusers="EulerDiscreteScheduler", a1111="Euler"),
-    "euler_a": Sampler(
-        euler_a, "sigma", "clean", exploding=True, diffusers="EulerAncestralDiscreteScheduler", a1111="Euler a"
+    "ddim": Sampler(ddim, "table", "table", takes_eta=True, diffusers="DDIMScheduler", a1111="DDIM", comfyui="ddim"),
+    "ddpm": Sampler(ddpm, "table", "clean", diffusers="DDPMScheduler", a1111="DDPM", comfyui="ddpm"),
+    "euler": Sampler(
+        euler, "sigma", "sigma", exploding=True, diffusers="EulerDiscreteScheduler", a1111="Euler", comfyui="euler"
     ),
-    "heun": Sampler(heun, "sigma", "clean", exploding=True, diffusers="HeunDiscreteScheduler", a1111="Heun"),
+    "euler_a": Sampler(
+        euler_a,
+        "sigma",
+        "clean",
+        exploding=True,
+        diffusers="EulerAncestralDiscreteScheduler",
+        a1111="Euler a",
+        comfyui="euler_ancestral",
+    ),
+    "heun": Sampler(
+        heun, "sigma", "clean", exploding=True, diffusers="HeunDiscreteScheduler", a1111="Heun", comfyui="heun"
+    ),
     "dpm2": Sampler(
         dpm2,
         "sigma",
@@ -187,6 +197,7 @@ SINGLE_STEP: Mapping[str, Sampler] = {
         karras_times="rounded",
         diffusers="KDPM2DiscreteScheduler",
         a1111="DPM2",
+        comfyui="dpm_2",
     ),
     "dpm2_a": Sampler(
         partial(dpm2, ancestral=True),
@@ -196,11 +207,20 @@ SINGLE_STEP: Mapping[str, Sampler] = {
         karras_times="rounded",
         diffusers="KDPM2AncestralDiscreteScheduler",
         a1111="DPM2 a",
+        comfyui="dpm_2_ancestral",
     ),
-    "dpmpp_2s_a": Sampler(dpmpp_2s_a, "sigma", "clean", exploding=True, a1111="DPM++ 2S a"),
+    "dpmpp_2s_a": Sampler(
+        dpmpp_2s_a, "sigma", "clean", exploding=True, a1111="DPM++ 2S a", comfyui="dpmpp_2s_ancestral"
+    ),
     "dpmpp_sde": Sampler(
-        dpmpp_sde, "sigma", "clean", exploding=True, diffusers="DPMSolverSDEScheduler", a1111="DPM++ SDE"
+        dpmpp_sde,
+        "sigma",
+        "clean",
+        exploding=True,
+        diffusers="DPMSolverSDEScheduler",
+        a1111="DPM++ SDE",
+        comfyui="dpmpp_sde",
     ),
-    "lcm": Sampler(lcm, "distilled", "clean", diffusers="LCMScheduler", a1111="LCM"),
+    "lcm": Sampler(lcm, "distilled", "clean", diffusers="LCMScheduler", a1111="LCM", comfyui="lcm"),
     "tcd": Sampler(tcd, "distilled", "lowest", takes_eta=True, diffusers="TCDScheduler", a1111="TCD"),
 }

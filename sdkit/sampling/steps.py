@@ -80,7 +80,7 @@ class Sampler:
     karras_times: what the network is told under karras spacing.
     orders, solver_types: those that may be asked for, the default first.
     diffusers, algorithm: the class of diffusers' scheduler, and its algorithm_type where the class has several.
-    a1111: the name in A1111's web UI, whose "PNG info" tab selects the sampler by it.
+    a1111: the name in A1111's web UI, whose "PNG info" tab selects the sampler by it. comfyui: the name in ComfyUI.
     """
 
     build: Callable[[Steps], Iterator[Call]]
@@ -94,3 +94,4 @@ class Sampler:
     diffusers: str = ""
     algorithm: str = ""
     a1111: str = ""
+    comfyui: str = ""

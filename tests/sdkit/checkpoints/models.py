@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdkit.checkpoints.components import Components
-from sdkit.checkpoints.presets import read_preset
+from sdkit.checkpoints.presets import PRESETS, read_preset
 from sdkit.errors import CheckpointError
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.networks.vae import AutoencoderKL
@@ -84,3 +84,17 @@ def refused(match: str, call: Callable[[], object], path: Path) -> None:
         call()
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def use_tiny_presets(monkeypatch: pytest.MonkeyPatch, *models: Components) -> None:
+    """Shrink every preset's networks, so that files without our metadata can be tested in seconds."""
+
+    def shrunk(name: str) -> dict[str, dict[str, Any]]:
+        width = 1024 if name.startswith("sd2") else models[0].unet.config.cross_attention_dim
+        channels = read_preset(name)["unet"]["in_channels"]
+        text = TINY_TEXT | {"hidden_size": width} | ({"vocab_size": 64} if width == 1024 else {})
+        unet = TINY_UNET | {"cross_attention_dim": width, "in_channels": channels}
+        return read_preset(name) | {"unet": unet, "vae": TINY_VAE, "text_encoder": text}
+
+    monkeypatch.setattr("sdkit.checkpoints.single_file.read_preset", shrunk)
+    monkeypatch.setitem(PRESETS, (16, 4), "sd1")

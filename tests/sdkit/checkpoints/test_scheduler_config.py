@@ -12,7 +12,13 @@ import diffusers
 import pytest
 import torch
 
-from sdkit.checkpoints.scheduler_config import read_scheduler_config, scheduler_classes, write_scheduler_config
+from sdkit.checkpoints.scheduler_config import (
+    read_noise_schedule,
+    read_scheduler_config,
+    scheduler_classes,
+    with_facts,
+    write_scheduler_config,
+)
 from sdkit.errors import ConfigError
 from sdkit.sampling.planning import make_plan
 from sdkit.sampling.samplers import SAMPLERS
@@ -70,14 +76,15 @@ OFF: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", scheduler_classes())
 def test_a_file_of_diffusers_round_trips(name: str) -> None:
     cls, off = class_named(name), OFF.get(name, {})
-    config = json.loads(cls(beta_schedule="scaled_linear", steps_offset=1, **off).to_json_string())
+    offset = {} if name == "DPMSolverSinglestepScheduler" else {"steps_offset": 1}  # it has no such key
+    config = json.loads(cls(beta_schedule="scaled_linear", **offset, **off).to_json_string())
     schedule, defaults = read_scheduler_config(config)
     assert SAMPLERS[defaults["sampler"]].diffusers == name
     back = cls.from_config(write_scheduler_config(schedule, defaults))
     assert {k: v for k, v in back.config.items() if k[0] != "_"} == {k: v for k, v in config.items() if k[0] != "_"}
     bare, read = read_scheduler_config({"_class_name": name, **off})  # what is absent has diffusers' default
     torch.testing.assert_close(bare.alphas_cumprod.float(), cls(**off).alphas_cumprod, rtol=2e-4, atol=2e-6)
-    assert read["timestep_spacing"] == cls(**off).config.timestep_spacing
+    assert read["timestep_spacing"] == cls(**off).config.get("timestep_spacing", "linspace")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,8 @@ def test_a_file_of_diffusers_round_trips(name: str) -> None:
         ("KDPM2DiscreteScheduler", {"use_exponential_sigmas": True}, "dpm2"),
         ("LMSDiscreteScheduler", {"use_beta_sigmas": True}, "lms"),
         ("PNDMScheduler", {"set_alpha_to_one": True}, "pndm"),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 3, "solver_type": "heun"}, "dpmpp_2s"),
+        ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}, "dpmpp_2s"),
     ],
 )
 def test_settings_become_a_plan(name: str, settings: dict[str, Any], sampler: str) -> None:
@@ -139,6 +148,42 @@ def test_sigma_spacings_are_read_and_written(name: str, kind: str) -> None:
 def test_what_is_not_built_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read_scheduler_config(SD15 | change)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+def test_parallel_classes_have_the_numbers_of_the_plain_ones(name: str) -> None:
+    config = SD15 | {"clip_sample": False}
+    both = [read_scheduler_config(config | {"_class_name": f"{name}{kind}Scheduler"}) for kind in ("", "Parallel")]
+    assert both[0] == both[1] and both[0][1]["sampler"] == name.lower()
+
+
+def test_a_singlestep_config_with_keys_of_another_class_is_read_as_diffusers_reads_it() -> None:
+    config = {"_class_name": "DPMSolverSinglestepScheduler", "timestep_spacing": "leading", "steps_offset": 1}
+    _, defaults = read_scheduler_config(config | {"lower_order_final": False})
+    assert (defaults["timestep_spacing"], defaults["steps_offset"]) == ("linspace", 0)
+    with pytest.raises(ConfigError, match="lower_order_final"):
+        read_scheduler_config(config | {"lower_order_final": False, "final_sigmas_type": "sigma_min"})
+
+
+def test_the_noise_schedule_of_a_class_that_is_not_built() -> None:
+    config = SD15 | {"_class_name": "SomeScheduler", "my_key": 3, "prediction_type": "v_prediction"}
+    assert read_noise_schedule(config) == NoiseSchedule(prediction_type="v_prediction")
+    with pytest.raises(ConfigError, match="prediction_type"):
+        read_noise_schedule(config | {"prediction_type": "flow_prediction"})
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
+def test_zero_snr_gets_a_class_and_a_spacing_that_reach_it(name: str) -> None:
+    config = {**SD15, "_class_name": name, "clip_sample": False}
+    facts = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule, defaults = read_scheduler_config(with_facts(config, facts))
+    assert schedule == NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert schedule.alphas_cumprod[-1] == 0
+    plan = make_plan(schedule=schedule, num_inference_steps=10, **defaults | {"timestep_spacing": "trailing"})
+    assert plan.timesteps[0] == 999
+    if name == "PNDMScheduler":
+        assert (defaults["sampler"], defaults["timestep_spacing"]) == ("ddim", "trailing")
+    assert with_facts(SD15, {"rescale_betas_zero_snr": False}) == SD15
 
 
 def test_a_default_that_is_not_built_is_named() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdkit.checkpoints.components import Components
+from sdkit.checkpoints.components import Components, text_config
 from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
 from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checkpoints.key_maps import CLIP, EMA, OPEN_CLIP, UNET, VAE
-from sdkit.checkpoints.presets import read_preset
+from sdkit.checkpoints.loading import load
 from sdkit.checkpoints.single_file import load_single_file, save_single_file
-from sdkit.checkpoints.vae_file import load_vae_file
+from sdkit.checkpoints.text_encoder_file import load_text_encoder
+from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.networks.text_encoder import text_state_dict
+from sdkit.networks.vae import AutoencoderKL
 from sdkit.prompts.tokenizer import clip_tokenizer
-from tests.sdkit.checkpoints.models import TINY_TEXT, TINY_UNET, TINY_VAE, assert_same, assert_same_networks, save, tiny
+from tests.sdkit.checkpoints.models import (
+    TINY_UNET,
+    TINY_VAE,
+    assert_same,
+    assert_same_networks,
+    save,
+    tiny,
+    use_tiny_presets,
+)
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -141,19 +152,6 @@ def test_clip_keys_without_text_model(sd1: Components, tmp_path: Path) -> None:
     assert_same_networks(load_single_file(tmp_path / "b.safetensors"), sd1)
 
 
-def use_tiny_presets(monkeypatch: pytest.MonkeyPatch, *models: Components) -> None:
-    """Shrink every preset's networks, so that files without our metadata can be tested in seconds."""
-
-    def shrunk(name: str) -> dict[str, dict[str, Any]]:
-        width = 1024 if name.startswith("sd2") else models[0].unet.config.cross_attention_dim
-        channels = read_preset(name)["unet"]["in_channels"]
-        text = TINY_TEXT | {"hidden_size": width} | ({"vocab_size": 64} if width == 1024 else {})
-        unet = TINY_UNET | {"cross_attention_dim": width, "in_channels": channels}
-        return read_preset(name) | {"unet": unet, "vae": TINY_VAE, "text_encoder": text}
-
-    monkeypatch.setattr("sdkit.checkpoints.single_file.read_preset", shrunk)
-
-
 @pytest.fixture(scope="module")
 def sd2_file(sd2: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sd2") / "sd2.safetensors"
@@ -236,8 +234,8 @@ def test_errors(sd1: Components, tmp_path: Path) -> None:
     bad.write_bytes(b"")
     refused("truncated", bad)
     refused("context width and input channels 768 and 4.*found 16 and 4", save(state, bad, {}))
-    refused("not understood: control_model.x", save(state | {"control_model.x": torch.zeros(1)}, bad, metadata))
-    refused("text_model.embeddings", save({k: v for k, v in state.items() if CLIP not in k}, bad, metadata))
+    refused("not understood: first_stage_model.x", save(state | {"first_stage_model.x": torch.zeros(1)}, bad, metadata))
+    refused("has no text encoder", save({k: v for k, v in state.items() if CLIP not in k}, bad, metadata))
     short = {k: v for k, v in state.items() if k not in (f"{UNET}out.2.bias", f"{UNET}out.0.bias")}
     refused("2 keys missing, the first model.diffusion_model.out", save(short, bad, metadata))
     wrong = state | {f"{UNET}out.2.bias": torch.zeros(7)}
@@ -263,29 +261,6 @@ def test_errors(sd1: Components, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "bad.safetensors"]
 
 
-class Code:
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return print, ("executed",)
-
-
-def test_pickles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "a.ckpt"
-    torch.save({"state_dict": {"x": torch.zeros(1)}, "hook": Code()}, path)
-    refused("the pickle holds code or objects", path)
-    assert "executed" not in capfd.readouterr().out
-    torch.save([1, 2], path)
-    refused("expected a dict of tensors, found list", path)
-    torch.save({"state_dict": {"x": "text"}}, path)
-    refused("'x' is a str", path)
-    torch.save({"x": torch.zeros(1000)}, path)
-    path.write_bytes(path.read_bytes()[:700])
-    refused("damaged or no torch checkpoint", path)
-    path.write_bytes(b"<html>not found</html>")
-    refused("expected safetensors or a torch checkpoint", path)
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
-    refused("Git LFS pointer", path)
-
-
 def test_folder_to_single_file_and_back(sd2: Components, tmp_path: Path) -> None:
     save_folder(sd2, tmp_path / "folder")
     save_single_file(load_folder(tmp_path / "folder"), tmp_path / "a.safetensors")
@@ -294,3 +269,141 @@ def test_folder_to_single_file_and_back(sd2: Components, tmp_path: Path) -> None
     for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         a, b = (load_file(tmp_path / name / f"{file}.safetensors") for name in ("folder", "again"))
         assert_same(a, b)
+
+
+# ---- what is missing, and what is there beside the networks ----------------------------------------------------------
+
+EXTRA = {
+    "embedding_manager.string_to_param_dict.x": 1,
+    "control_model.input_blocks.0.0.weight": 2,
+    "cond_stage_model.transformer.vision_model.x": 1,
+    "cond_stage_model.transformer.visual_projection.weight": 1,
+    "cond_stage_model.transformer.text_projection.weight": 1,
+    "cond_stage_model.transformer.logit_scale": 1,
+    "text_projection.weight": 1,
+    "logit_scale": 1,
+    "loss.logvar": 1,
+    "v_pred": 0,
+}
+
+
+def test_keys_outside_of_the_networks_are_left_out_with_a_warning(
+    sd1: Components, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_single_file(sd1, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_file(tmp_path / "a.safetensors") | {key: torch.zeros(size) for key, size in EXTRA.items()}
+    caplog.set_level("INFO")
+    assert_same_networks(load_single_file(save(state, tmp_path / "b.safetensors", metadata)), sd1)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warned = {text.split("left out ")[1] for text in said if "left out " in text}
+    assert warned == {
+        "embedding_manager.* (1 tensors)",
+        "control_model.* (1 tensors)",
+        "image encoder (2 tensors)",
+        "text_projection.* (1 tensors)",
+        "logit_scale (1 tensors)",
+        "loss.* (1 tensors)",
+    }
+    assert "left out contrastive head (2 tensors)" in caplog.text
+
+
+@pytest.mark.parametrize("network", ["vae", "text_encoder"])
+def test_a_file_without_a_network_loads_with_one_that_is_given(network: str, sd1: Components, tmp_path: Path) -> None:
+    save_single_file(sd1, tmp_path / "a.safetensors")
+    save_folder(sd1, tmp_path / "folder")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    prefix = {"vae": VAE, "text_encoder": "cond_stage_model."}[network]
+    state = {k: v for k, v in load_file(tmp_path / "a.safetensors").items() if not k.startswith(prefix)}
+    path = save(state, tmp_path / "bare.safetensors", metadata)
+
+    named = {"vae": "VAE", "text_encoder": "text encoder"}[network]
+    assert inspect_file(path)["lacks"] == [named] and "lacks" not in inspect_file(tmp_path / "a.safetensors")
+    flag = "--" + network.replace("_", "-")
+    with pytest.raises(CheckpointError, match=rf"has no {named} \({prefix}…\): give one \({network}=, {flag}\)"):
+        load(path)
+    for source in (tmp_path / "a.safetensors", tmp_path / "folder", tmp_path / "folder" / network):
+        assert_same_networks(load(path, **{network: source}), sd1)
+    assert_same_networks(load(path, **{network: getattr(sd1, network)}), sd1)
+
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    shutil.rmtree(tmp_path / "folder" / network)
+    (tmp_path / "folder" / "model_index.json").write_text(json.dumps(index | {network: [None, None]}))
+    with pytest.raises(CheckpointError, match=rf"found nothing: give one \({network}=, {flag}\)"):
+        load(tmp_path / "folder")
+    assert_same_networks(load(tmp_path / "folder", **{network: tmp_path / "a.safetensors"}), sd1)
+
+
+def test_a_given_network_takes_the_place_of_the_files_own(
+    sd1: Components, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_single_file(sd1, tmp_path / "a.safetensors")
+    other = AutoencoderKL.from_config(TINY_VAE)
+    save_vae_file(other, tmp_path / "vae.safetensors")
+    caplog.set_level("INFO")
+    loaded = load(tmp_path / "a.safetensors", vae=tmp_path / "vae.safetensors")
+    assert_same(dict(loaded.vae.state_dict()), dict(other.state_dict()))
+    assert "left out the file's own VAE" in caplog.text
+    wide = AutoencoderKL.from_config(TINY_VAE | {"latent_channels": 8})
+    with pytest.raises(CheckpointError, match="expected a VAE of 4 latent channels and factor 2, found 8 and 2"):
+        load(tmp_path / "a.safetensors", vae=wide)
+    with pytest.raises(CheckpointError, match="expected a text encoder of width 16, found 1024"):
+        load(tmp_path / "a.safetensors", text_encoder=tiny(1024).text_encoder)
+    with pytest.raises(CheckpointError, match="expected a text encoder, found VAE"):
+        load(tmp_path / "a.safetensors", text_encoder=tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", "", CLIP, CLIP + "text_model."])
+def test_a_text_encoder_in_a_file_of_its_own(prefix: str, sd1: Components, tmp_path: Path) -> None:
+    names = {f"{prefix}{k.removeprefix('text_model.')}": v for k, v in text_state_dict(sd1.text_encoder).items()}
+    configs = {"sdkit_config": json.dumps({"text_encoder": text_config(sd1.text_encoder)})}
+    path = save(names, tmp_path / "text.safetensors", configs)
+    assert_same(text_state_dict(load_text_encoder(path)), text_state_dict(sd1.text_encoder))
+    refused = "expected a text encoder of width 768 .SD1. or 1024 .SD2., found 16"
+    with pytest.raises(CheckpointError, match=refused):
+        load_text_encoder(save(names, tmp_path / "bare.safetensors", {}))
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_only_the_chosen_set_of_weights_has_to_be_whole(use_ema: bool, sd1: Components, tmp_path: Path) -> None:
+    save_single_file(sd1, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_file(tmp_path / "a.safetensors")
+    ema = {f"{EMA}{k.removeprefix('model.').replace('.', '')}": v + 1 for k, v in state.items() if k.startswith(UNET)}
+    cut = f"{UNET}out.2.bias" if use_ema else f"{EMA}diffusion_modelout2bias"
+    both = {key: value for key, value in (state | ema).items() if key != cut}
+    path = save(both, tmp_path / "b.safetensors", metadata)
+    found = load_single_file(path, use_ema=use_ema).unet.conv_in.weight
+    assert torch.equal(found, sd1.unet.conv_in.weight + (1 if use_ema else 0))
+    with pytest.raises(CheckpointError, match="1 keys missing"):
+        load_single_file(path, use_ema=not use_ema)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_widened(kind: torch.dtype, sd1: Components, tmp_path: Path) -> None:
+    save_single_file(sd1, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = {key: value.to(kind) for key, value in load_file(tmp_path / "a.safetensors").items()}
+    path = save(state, tmp_path / "b.safetensors", metadata)
+    narrow = sd1.unet.conv_in.weight.to(kind)
+    assert torch.equal(load_single_file(path).unet.conv_in.weight, narrow.half())
+    assert torch.equal(load_single_file(path, dtype=torch.float32).unet.conv_in.weight, narrow.float())
+
+
+def test_weights_that_are_not_finite_are_named(
+    sd1: Components, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_single_file(sd1, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_file(tmp_path / "a.safetensors")
+    state[f"{UNET}out.2.bias"][1] = torch.nan
+    state[f"{UNET}out.0.weight"][0] = torch.inf
+    state[f"{CLIP}text_model.final_layer_norm.bias"][2] = torch.nan
+    load_single_file(save(state, tmp_path / "b.safetensors", metadata))
+    assert "UNet: the weights conv_norm_out.weight and 1 more are not finite" in caplog.text
+    assert "the weights text_model.final_layer_norm.bias are not finite" in caplog.text

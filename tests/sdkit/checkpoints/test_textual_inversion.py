@@ -208,6 +208,31 @@ def test_a_file_without_a_name_is_called_by_its_own(tmp_path: Path) -> None:
         assert load_textual_inversion(tmp_path / "ink style.v2.pt").token == "ink style.v2"
 
 
+@pytest.mark.parametrize("name", ["*", "<*>", "emb_params", "string_to_token", "Placeholder", " * "])
+@pytest.mark.parametrize("form", ["diffusers", "A1111"])
+def test_a_generic_name_is_no_trigger(name: str, form: str, tmp_path: Path) -> None:
+    """The file's own name is the only one, as it always is in A1111."""
+    content = {name: drawn(1)} if form == "diffusers" else {"string_to_param": {"*": drawn(1)}, "name": name}
+    torch.save(content, tmp_path / "ink.pt")
+    assert load_textual_inversion(tmp_path / "ink.pt").triggers == ("ink",)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "triggers"),
+    [
+        ("<toy>", "my toy.v2.pt", ("<toy>", "my toy.v2")),
+        ("Ink  Style", "ink style.pt", ("Ink  Style",)),
+        ("a.pt", "a.pt", ("a.pt", "a")),
+    ],
+)
+def test_the_files_name_triggers_beside_its_own(
+    name: str, file: str, triggers: tuple[str, ...], tmp_path: Path
+) -> None:
+    torch.save({name: drawn(1)}, tmp_path / file)
+    assert load_textual_inversion(tmp_path / file).triggers == triggers
+    assert load_textual_inversion(tmp_path / file, "mine").triggers == ("mine",)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_written_is_read(suffix: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ def sde_scheduler() -> Any:
         del sys.modules["torchsde"]
 
 
+def singlestep(timestep_spacing: str, steps_offset: int, **settings: Any) -> Any:
+    """diffusers' class, which knows one spacing alone."""
+    return diffusers.DPMSolverSinglestepScheduler(**settings, lower_order_final=True)
+
+
 MULTISTEP: Any = diffusers.DPMSolverMultistepScheduler
 CLASSES: dict[str, Any] = {
     "ddim": diffusers.DDIMScheduler,
@@ -48,13 +53,15 @@ CLASSES: dict[str, Any] = {
     "dpmpp_sde": sde_scheduler(),
     "dpmpp_2m": MULTISTEP,
     "dpmpp_2m_sde": partial(MULTISTEP, algorithm_type="sde-dpmsolver++"),
+    "dpmpp_2s": singlestep,
     "unipc": diffusers.UniPCMultistepScheduler,
     "deis": diffusers.DEISMultistepScheduler,
     "lcm": diffusers.LCMScheduler,
     "tcd": diffusers.TCDScheduler,
 }
-MODULES = [sys.modules[getattr(cls, "func", cls).__module__] for cls in CLASSES.values()]
-ODE = ("ddim", "pndm", "euler", "heun", "lms", "dpm2", "dpmpp_2m", "deis", "unipc")
+MODULES = [sys.modules[getattr(cls, "func", cls).__module__] for cls in CLASSES.values() if cls is not singlestep]
+MODULES.append(sys.modules[diffusers.DPMSolverSinglestepScheduler.__module__])
+ODE = ("ddim", "pndm", "euler", "heun", "lms", "dpm2", "dpmpp_2m", "dpmpp_2s", "deis", "unipc")
 STOCHASTIC = ("ddpm", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm")
 MEAN, STD = 0.3, 0.7
 
@@ -161,6 +168,8 @@ def test_steps_are_those_of_diffusers(name: str, prediction: str, spacing: str, 
         pytest.skip("diffusers goes to t - 1000 // steps and not to the next timestep: see the Gaussian tests")
     if name == "pndm" and prediction == "v_prediction":
         pytest.skip("diffusers mixes v of different timesteps: see test_prediction_types_agree")
+    if name == "dpmpp_2s" and spacing != "linspace":
+        pytest.skip("diffusers' class has no other spacing")
     check_steps(name, prediction, spacing, steps, {}, {})
 
 
@@ -168,7 +177,8 @@ def test_steps_are_those_of_diffusers(name: str, prediction: str, spacing: str, 
 @pytest.mark.parametrize("kind", ["karras", "exponential", "beta"])
 @pytest.mark.parametrize("steps", [10, 25])
 @pytest.mark.parametrize(
-    "name", ["euler", "heun", "lms", "dpm2", "dpm2_a", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis"]
+    "name",
+    ["euler", "heun", "lms", "dpm2", "dpm2_a", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis"],
 )
 def test_sigma_spacings_are_those_of_diffusers(name: str, kind: str, steps: int) -> None:
     check_steps(name, "epsilon", "leading", steps, {"sigmas": kind}, {f"use_{kind}_sigmas": True})
@@ -180,7 +190,18 @@ def test_sigma_spacings_are_those_of_diffusers(name: str, kind: str, steps: int)
 def test_strength_starts_where_diffusers_does(name: str, strength: float) -> None:
     if name in ("pndm", "lms"):
         pytest.skip("diffusers starts as if it had a past: ours starts fresh, see test_ode_samplers_converge")
-    check_steps(name, "v_prediction", "leading", 10, {"strength": strength}, {})
+    spacing = "linspace" if name == "dpmpp_2s" else "leading"
+    check_steps(name, "v_prediction", spacing, 10, {"strength": strength}, {})
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 11, 12])
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("kind", ["midpoint", "heun"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_singlestep_orders_and_solvers_are_those_of_diffusers(order: int, kind: str, end: str, steps: int) -> None:
+    both = {"solver_order": order, "solver_type": kind, "final_sigmas_type": end}
+    check_steps("dpmpp_2s", "epsilon", "linspace", steps, both, both)
 
 
 @pytest.mark.usefixtures("double")

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     )
     from finetune.hypernetwork.attach import add_hypernetwork, load_hypernetwork, remove_hypernetworks
     from finetune.hypernetwork.network import Hypernetwork
-    from finetune.lora.attach import add_lora, load_lora, save_lora, swap_lora
+    from finetune.lora.attach import add_lora, load_lora, swap_lora
     from finetune.lora.converting import convert_lora
+    from finetune.lora.saving import save_lora
 
 _HOMES = {
     "Adapter": "adapters",
@@ -44,7 +45,7 @@ _HOMES = {
     "remove": "adapters",
     "remove_hypernetworks": "hypernetwork.attach",
     "save_adapter": "adapters",
-    "save_lora": "lora.attach",
+    "save_lora": "lora.saving",
     "set_scale": "adapters",
     "swap_lora": "lora.attach",
     "unmerge": "adapters",

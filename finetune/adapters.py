@@ -32,8 +32,8 @@ KINDS = (
         tag="lora",
         verbs="finetune.lora.verbs",
         files={
-            "LoRA (kohya)": r"lora_(unet|te)\w*\..*",
-            "LoRA (peft)": r"base_model\.model\..*lora_[AB].*",
+            "LoRA (kohya)": r"(module\.)?(lora|oft)_(unet|te)\w*\..*|bundle_emb\..*",
+            "LoRA (peft)": r"base_model\.model\..*(lora_[AB]|hada_|lokr_).*",
             "LoRA (diffusers)": r".*(lora_[AB]|lora\.(up|down)|_lora\.(up|down)|lora_linear_layer).*",
         },
         formats=("diffusers", "kohya", "peft"),
@@ -308,12 +308,11 @@ def in_force(sd: DiffusionModel, kind: AdapterKind, wanted: Sequence[ExtraNetwor
 
 
 def _weights(kind: AdapterKind, wanted: Sequence[ExtraNetwork], known: Mapping[str, Adapter]) -> dict[str, float]:
-    """The weight of each adapter that a prompt names, added up; torch cannot have the dots of a file's name."""
+    """The weight of each adapter that a prompt names, added up."""
     weights: dict[str, float] = {}
     for network in wanted:
-        name = network.name if network.name in known else network.name.replace(".", "_")
-        if name not in known:
+        if network.name not in known:
             there = ", ".join(known) or "it has none"
             raise ConfigError(f"{kind.name} {network.name!r}: expected one of the model's: {there}")
-        weights[name] = weights.get(name, 0.0) + network.weight
+        weights[network.name] = weights.get(network.name, 0.0) + network.weight
     return weights

@@ -12,14 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from finetune.data.batches import DataConfig
+from finetune.data.config import DataConfig
 from finetune.lora.adapters import without_adapters
-from finetune.lora.attach import add_lora, save_lora
+from finetune.lora.attach import add_lora
+from finetune.lora.continuing import continue_lora, copy_in, keep_copy
+from finetune.lora.saving import save_lora
+from finetune.options import check_options, refuse_unread_options
 from finetune.recipe.command_line import command
 from finetune.recipe.diffusion_loss import LossConfig, TrainedText
 from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
 from finetune.training.config import TrainConfig
-from sdkit.checks import check_positive
+from finetune.training.states import saved_states
+from sdkit.checks import POSITIVE, Range, expect
 from sdkit.stable_diffusion import StableDiffusion
 
 FILE = "lora.safetensors"
@@ -36,25 +40,32 @@ class LoraModel(ModelConfig):
 class LoraOptions:
     """The adapter, see ``finetune.add_lora``."""
 
-    rank: Annotated[int, "Rank of the updates."] = 8
-    alpha: Annotated[float | None, "They are multiplied by alpha / rank (default: the rank)."] = None
+    init_lora: Annotated[
+        Path | None, "Go on from this LoRA, of any format; rank, alpha and targets are the file's then."
+    ] = None
+    rank: Annotated[int | None, "Rank of the updates (default: 8).", Range(1)] = None
+    alpha: Annotated[float | None, "They are multiplied by alpha / rank (default: the rank).", POSITIVE] = None
     targets: Annotated[
         tuple[str, ...],
-        "cross_attention, attention, transformer, all or a regular expression; several: ends of modules' names.",
-    ] = ("cross_attention",)
-    dropout: Annotated[float, "Share of the updates' inputs that is dropped."] = 0.0
+        "cross_attention (the default), attention, transformer, all or a regular expression; several: ends of names.",
+    ] = ()
+    dropout: Annotated[float, "Share of the updates' inputs that is dropped.", Range(0, 1, below=True)] = 0.0
     use_rslora: Annotated[bool, "Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."] = False
     use_dora: Annotated[bool, "Train the norms of the weights' rows apart (arXiv 2402.09353)."] = False
     init: Annotated[Literal["kaiming", "gaussian"], "How the first matrix is drawn; the second is zero."] = "kaiming"
     train_text_encoder: Annotated[bool, "Adapt the text encoder too."] = False
-    text_encoder_lr: Annotated[float | None, "Its learning rate (default: the UNet's)."] = None
-    loraplus_lr_ratio: Annotated[float, "Learning rate of the second matrices over the first's (arXiv 2402.12354)."] = (
-        1.0
-    )
+    text_encoder_lr: Annotated[float | None, "Its learning rate (default: the UNet's).", POSITIVE] = None
+    loraplus_lr_ratio: Annotated[
+        float, "Learning rate of the second matrices over the first's (arXiv 2402.12354).", POSITIVE
+    ] = 1.0
     format: Annotated[Literal["diffusers", "kohya", "peft"], "Format of the file."] = "diffusers"
 
     def __post_init__(self) -> None:
-        check_positive("loraplus_lr_ratio", self.loraplus_lr_ratio)
+        check_options(self)
+        if not self.train_text_encoder:
+            refuse_unread_options(self, ("text_encoder_lr",), "without train_text_encoder")
+        if self.init_lora is not None:
+            refuse_unread_options(self, ("use_rslora", "init"), "beside init_lora, which has its scales and matrices")
 
 
 def main(
@@ -66,42 +77,61 @@ def main(
     sampling: SampleConfig,
 ) -> None:
     """Teach a model new things by LoRA, from a folder of pictures with captions."""
-    text_factor = 1.0 if lora.text_encoder_lr is None else lora.text_encoder_lr / config.learning_rate
+    some = config.learning_rate or lora.text_encoder_lr
+    expect(bool(some), "learning_rate", "a number above 0, or a text_encoder_lr to train that alone", 0)
 
     def adapt(sd: StableDiffusion, _: object) -> Student:
-        add_adapter(sd, lora)
+        goes_on = config.resume and bool(saved_states(model.output))
+        start = copy_in(lora.init_lora, model.output) if lora.init_lora and goes_on else lora.init_lora
+        add_adapter(sd, lora, start, unet=config.learning_rate > 0, clip_skip=model.clip_skip)
+        if lora.init_lora and not goes_on:
+            keep_copy(lora.init_lora, model.output)
         return Student(
             (FILE,),
             lambda folder: save_lora(sd, folder / FILE, lora.format),
             TrainedText(sd.tokenizer, sd.text_encoder, model.clip_skip) if lora.train_text_encoder else None,
             base=partial(without_adapters, sd),
-            rate_factor=partial(rate_factor, lora=lora, text_factor=text_factor),
+            highest_rate=partial(highest_rate, lora=lora, unet=config.learning_rate),
+            about={"init_lora": str(lora.init_lora)} if lora.init_lora else {},
         )
 
     teach(adapt, lora, model, data, loss, config, sampling)
 
 
-def rate_factor(name: str, lora: LoraOptions, text_factor: float) -> float:
-    """The factor on a parameter's learning rate, by its name in `DiffusionLoss`."""
-    factor = text_factor if name.startswith("context.") else 1.0
-    return factor * lora.loraplus_lr_ratio if ".lora_B." in name else factor
+def highest_rate(name: str, lora: LoraOptions, unet: float) -> float:
+    """The highest learning rate of a parameter, by its name in `DiffusionLoss`; ``unet``: the UNet's."""
+    text = unet if lora.text_encoder_lr is None else lora.text_encoder_lr
+    rate = text if name.startswith("context.") else unet
+    return rate * lora.loraplus_lr_ratio if ".lora_B." in name else rate
 
 
-def add_adapter(sd: StableDiffusion, lora: LoraOptions) -> None:
-    """Put the LoRA into the model, in float32."""
+def add_adapter(
+    sd: StableDiffusion, lora: LoraOptions, start: Path | None = None, unet: bool = True, clip_skip: int = 0
+) -> None:
+    """Put the LoRA into the model, in float32: the one in ``start``, or a new one.
+
+    ``unet``, ``clip_skip``: as in `add_lora`.
+    """
     targets = lora.targets[0] if len(lora.targets) == 1 else lora.targets
-    alpha = lora.rank if lora.alpha is None else lora.alpha
+    text = lora.train_text_encoder
+    if start is not None:
+        given = targets or None
+        continue_lora(sd, start, lora.rank, lora.alpha, given, lora.dropout, lora.use_dora, text, unet, clip_skip)
+        return
 
+    rank = 8 if lora.rank is None else lora.rank
     trained = add_lora(
         sd,
-        lora.rank,
-        alpha,
-        targets,
+        rank,
+        rank if lora.alpha is None else lora.alpha,
+        targets or "cross_attention",
         lora.dropout,
         lora.use_rslora,
         lora.use_dora,
         lora.init,
-        text_encoder=lora.train_text_encoder,
+        text_encoder=text,
+        unet=unet,
+        clip_skip=clip_skip,
     )
 
     for parameter in trained:

@@ -1,23 +1,23 @@
-"""LoRA on a model (arXiv 2106.09685): made for training, loaded, saved, and exchanged in place."""
+"""LoRA on a model (arXiv 2106.09685): made for training, loaded, and exchanged in place."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.adapters import use
-from finetune.lora.adapters import activate, changing, inject, is_merged, layers, list_adapters, networks_of, set_scale
-from finetune.lora.layers import Layer
-from finetune.lora.reading import read_lora
-from finetune.lora.targets import Target, match_targets, targets_of
-from finetune.lora.update import LowRankUpdate, Updates
-from finetune.lora.writing import write_lora
+from finetune.lora.adapters import activate, changing, inject, is_merged, layers, layers_of, list_adapters, set_scale
+from finetune.lora.bundles import read_bundle
+from finetune.lora.in_place import own_value, parameter_of, put
+from finetune.lora.names import check_name, module_key, name_of_file
+from finetune.lora.reading import UpdatesRead, read_lora, weight_files
+from finetune.lora.targets import Target, match_targets, networks_of, places_in, reached, targets_of
+from finetune.lora.update import Changes, LowRankUpdate, Updates, split_updates
 from finetune.training.freezing import freeze
 from sdkit.checks import check_choice, check_count, check_positive, expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
@@ -37,6 +37,8 @@ def add_lora(
     init: Literal["kaiming", "gaussian"] = "kaiming",
     name: str = "default",
     text_encoder: bool = False,
+    unet: bool = True,
+    clip_skip: int = 0,
 ) -> list[nn.Parameter]:
     """Put a new LoRA into the model, to be trained. Returns its parameters; the model's own are frozen.
 
@@ -50,16 +52,20 @@ def add_lora(
     init: A is uniform as in LoRA's own code ("kaiming"), or normal of deviation 1 / rank; B is zero, so that the model
         is unchanged at first. Drawn from torch's global generator.
     text_encoder: adapt the text encoder too; its attention for the first two targets, its MLP as well for the others.
+    unet: whether the UNet is adapted.
+    clip_skip: leave out the last layers of the text encoder, which prompts at this clip_skip never reach.
 
-    Raises ConfigError for arguments without meaning, and names targets that match no module.
+    Raises ConfigError for arguments without meaning, while adapters are merged, and names targets that match no module.
     """
     _check(rank, alpha, dropout, init)
-    _check_name(sd, name)
-    networks = networks_of(sd) if text_encoder else {"unet": sd.unet}
+    check_name(name, list_adapters(sd))
+    _check_unmerged(sd, "add_lora")
+    wanted = {"unet": unet, "text_encoder": text_encoder}
+    networks = {n: network for n, network in networks_of(sd).items() if wanted[n]}
 
     # Find the modules that it adapts.
     places = [target for n, network in networks.items() for target in targets_of(network, n)]
-    chosen = match_targets(places, targets)
+    chosen = match_targets(reached(places, sd.text_encoder.config.num_hidden_layers, clip_skip), targets)
     for n in networks:
         if not any(target.network == n for target in chosen):
             raise ConfigError(f"targets: {targets!r} matches nothing in the {n}")
@@ -72,12 +78,13 @@ def add_lora(
         init_lora_weights=True if init == "kaiming" else init,
     )
     freeze(sd)
-    with changing(sd):
-        for n, network in networks.items():
-            inject(network, name, {s.path: (rank, alpha) for s in chosen if s.network == n}, config, trainable=True)
+    key = module_key(name)
+    for n, network in networks.items():
+        inject(network, key, {s.path: (rank, alpha) for s in chosen if s.network == n}, config, trainable=True)
+    put(sd, name, {}, {})
     _register(sd, name)
 
-    return [p for _, _, layer in layers(sd) for key, p in layer.named_parameters() if f".{name}." in key]
+    return [p for _, _, layer in layers(sd) for path, p in layer.named_parameters() if f".{key}." in path]
 
 
 def load_lora(
@@ -87,38 +94,37 @@ def load_lora(
     name: str | None = None,
     trainable: bool = False,
     slot_rank: int | None = None,
+    dropout: float = 0.0,
 ) -> str:
     """Read a LoRA of any format (`finetune.lora.reading`) into the model, beside those that it has. Returns its name.
 
+    Textual inversions in the file become the model's, until the LoRA is removed.
+
     scale: how many times it counts.
     name: for `set_scale`, prompts and so on; the file's name by default.
-    trainable: whether it goes on training.
+    trainable: whether it goes on training; for LoRA, LoCon, LoHa, LoKr (as LoRA) and DoRA that norms rows.
     slot_rank: make room for this rank, so that `swap_lora` can put other files of up to this rank in its place without
-        anything being compiled again; not for DoRA. Move the model to its device first.
+        anything being compiled again; for LoRA and what is rewritten as such. Move the model to its device first.
+    dropout: share of the updates' inputs that training drops.
 
-    Raises CheckpointError for a file that is damaged, no LoRA, or for another model.
+    Raises CheckpointError for a file that is damaged, no LoRA, or for another model; ConfigError for a name that cannot
+    be, or for training what does not train.
     """
-    name = name or _module_name(Path(path).stem)
-    _check_name(sd, name)
-    updates = {target: _fitted(sd, target, update) for target, update in read_lora(path, _targets(sd)).items()}
+    name = name_of_file(path) if name is None else name
+    check_name(name, list_adapters(sd))
+    updates, changes, words = _read(sd, path)
+    if trainable:
+        _check_unmerged(sd, "load_lora")
+        check_trains(path, updates, changes)
     if slot_rank is not None:
+        _check_slot(path, changes, words)
         for target, update in updates.items():
             _check_fits(path, target, update, slot_rank)
 
-    # Put the layers in; peft has different ones for plain updates and for DoRA.
-    for dora in (False, True):
-        config = LoraConfig(use_dora=dora, init_lora_weights=False)
-        part = {target: update for target, update in updates.items() if (update.magnitude is not None) == dora}
-        for n, network in networks_of(sd).items():
-            sizes = {s.path: (slot_rank or b.rank, b.scale * b.rank) for s, b in part.items() if s.network == n}
-            with changing(sd):
-                inject(network, name, sizes, config, trainable)
-
-    # Give them the file's weights.
-    for target, layer in _layers_of(sd, name).items():
-        if slot_rank is not None:
-            layer.scaling[name] = torch.zeros((), device=layer.base_weight.device)
-        layer.load(name, updates[target])
+    updates = {target: _fitted(sd, target, update) for target, update in updates.items()}
+    with changing(sd):
+        put(sd, name, changes, words)
+        _put_layers(sd, module_key(name), updates, trainable, slot_rank, dropout)
 
     if trainable:
         freeze(sd)
@@ -127,23 +133,41 @@ def load_lora(
     return name
 
 
+def _put_layers(
+    sd: DiffusionModel, key: str, updates: Updates, trainable: bool, slot_rank: int | None, dropout: float
+) -> None:
+    """Give the model layers with these updates; peft has different ones for plain updates and for DoRA."""
+    for dora in (False, True):
+        config = LoraConfig(use_dora=dora, init_lora_weights=False, lora_dropout=dropout)
+        part = {target: update for target, update in updates.items() if (update.magnitude is not None) == dora}
+        for n, network in networks_of(sd).items():
+            sizes = {s.path: (slot_rank or b.rank, b.scale * b.rank) for s, b in part.items() if s.network == n}
+            inject(network, key, sizes, config, trainable)
+
+    for target, layer in layers_of(sd, key).items():
+        if slot_rank is not None:
+            layer.scaling[key] = torch.zeros((), device=layer.base_weight.device)
+        layer.load(key, updates[target])
+
+
 def swap_lora(sd: DiffusionModel, path: str | Path, name: str) -> None:
     """Put a file's LoRA in the place of one loaded with ``slot_rank``: no compiled code or captured graph notices.
 
     Modules of the slot that the file does not have do nothing. Raises CheckpointError when the file has modules that
     the slot lacks, a higher rank, or DoRA; ConfigError when ``name`` is no slot, or merged.
     """
-    slots = _layers_of(sd, name)
-    if not slots or not all(isinstance(layer.scaling[name], torch.Tensor) for layer in slots.values()):
+    key = module_key(name)
+    slots = layers_of(sd, key)
+    if not slots or not all(isinstance(layer.scaling[key], torch.Tensor) for layer in slots.values()):
         raise ConfigError(f"swap_lora: {name!r} is no adapter that was loaded with slot_rank")
-    if is_merged(sd):
-        raise ConfigError("swap_lora: the adapters are merged into the weights, unmerge them first")
+    _check_unmerged(sd, "swap_lora")
 
-    updates = read_lora(path, _targets(sd))
+    updates, changes, words = _read(sd, path)
+    _check_slot(path, changes, words)
     for target, update in updates.items():
-        _check_fits(path, target, update, slots[target].r[name] if target in slots else 0)
+        _check_fits(path, target, update, slots[target].r[key] if target in slots else 0)
     for target, layer in slots.items():
-        layer.load(name, updates.get(target))
+        layer.load(key, updates.get(target))
 
 
 def _check_fits(path: str | Path, target: Target, update: LowRankUpdate, rank: int) -> None:
@@ -154,34 +178,17 @@ def _check_fits(path: str | Path, target: Target, update: LowRankUpdate, rank: i
         raise CheckpointError(f"{path}: {target.diffusers}: expected {expected}, found {found}")
 
 
-def save_lora(
-    sd: DiffusionModel,
-    path: str | Path,
-    format: str = "diffusers",
-    name: str | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write an adapter in the format "diffusers", "kohya" or "peft" (`finetune.lora.writing.write_lora`).
+def _read(sd: DiffusionModel, path: str | Path) -> tuple[Updates, Changes, dict[str, Tensor]]:
+    """A file's low-rank updates, changes of weights, and words. Raises CheckpointError for what does not fit."""
+    found: UpdatesRead = read_lora(path, places_in(sd))
+    for target in found:
+        if parameter_of(sd, target) is None:
+            raise CheckpointError(f"{path}: {target.diffusers}: the model's layer has no bias to change")
 
-    ``name`` may be left out when there is only one. The scale of `set_scale` is no part of a file. ``metadata``, for
-    the header: kohya's ``ss_…`` facts of the training, a trigger word.
-    """
-    known = list(list_adapters(sd))
-    if name is None and len(known) != 1:
-        raise ConfigError(f"save_lora: expected a name, for the model has {', '.join(known) or 'no adapters'}")
-    name = name or known[0]
-    if name not in known:
-        raise ConfigError(f"save_lora: {name!r} is no adapter of the model, which has {', '.join(known) or 'none'}")
-
-    facts = dict(metadata or {})
-    if format == "kohya" and sd.schedule.prediction_type == "v_prediction":
-        facts = {"ss_base_model_version": "sd_v2_v"} | facts
-    write_lora(updates_of(sd, name), path, format, facts)
-
-
-def updates_of(sd: DiffusionModel, name: str) -> Updates:
-    """The weights of an adapter by their places; they are its own, not copies."""
-    return {target: layer.update_of(name) for target, layer in _layers_of(sd, name).items()}
+    words: dict[str, Tensor] = {}
+    for file, _ in weight_files(Path(path)):
+        words |= read_bundle(file, int(sd.text_encoder.config.hidden_size))
+    return *split_updates(found), words
 
 
 def _register(sd: DiffusionModel, name: str) -> None:
@@ -190,26 +197,9 @@ def _register(sd: DiffusionModel, name: str) -> None:
     use(sd, "lora")
 
 
-def _targets(sd: DiffusionModel) -> list[Target]:
-    return [target for name, network in networks_of(sd).items() for target in targets_of(network, name)]
-
-
-def _layers_of(sd: DiffusionModel, name: str) -> dict[Target, Layer]:
-    """The layers that have an adapter of this name, by their places."""
-    modules = {target: _module(sd, target) for target in _targets(sd)}
-    return {target: m for target, m in modules.items() if isinstance(m, Layer) and name in m.strength}
-
-
-def _module(sd: DiffusionModel, target: Target) -> nn.Module:
-    return networks_of(sd)[target.network].get_submodule(target.path)
-
-
 def _fitted(sd: DiffusionModel, target: Target, update: LowRankUpdate) -> LowRankUpdate:
     """The update as peft can run it: its DoRA norms rows, so one that norms columns becomes a plain update."""
-    if not update.normalizes_columns:
-        return update
-    module: Any = _module(sd, target)
-    return update.without_magnitude(module.base_weight if isinstance(module, Layer) else module.weight.detach())
+    return update.without_magnitude(own_value(sd, target)) if update.normalizes_columns else update
 
 
 def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
@@ -219,15 +209,22 @@ def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
     check_choice("init", init, ("kaiming", "gaussian"))
 
 
-def _check_name(sd: DiffusionModel, name: str) -> None:
-    if name in list_adapters(sd):
-        raise ConfigError(f"adapter {name!r}: the model has one of this name already; remove it or choose another name")
-    if not re.fullmatch(r"[^.:<>]+", name) or hasattr(nn.ModuleDict, name):
-        raise ConfigError(
-            f"adapter {name!r}: torch cannot name a module so (. : < > or a word of its own), choose another"
-        )
+def _check_unmerged(sd: DiffusionModel, verb: str) -> None:
+    if is_merged(sd):
+        raise ConfigError(f"{verb}: expected adapters beside the weights, found them merged; unmerge them first")
 
 
-def _module_name(name: str) -> str:
-    """A file's name without its ending, as torch can have it for a module; prompts may write it either way."""
-    return name.replace(".", "_")
+def check_trains(path: str | Path, updates: Updates, changes: Changes) -> None:
+    """Raise ConfigError for a file of another family than those whose layers train."""
+    other = {change.family.name for change in changes.values()}
+    other |= {"DoRA that norms columns" for update in updates.values() if update.normalizes_columns}
+    if other:
+        raise ConfigError(f"{path}: expected LoRA to go on training, found {', '.join(sorted(other))}")
+
+
+def _check_slot(path: str | Path, changes: Changes, words: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for what cannot be exchanged in place."""
+    for target, change in changes.items():
+        raise CheckpointError(f"{path}: {target.diffusers}: expected plain LoRA in a slot, found {change.family.name}")
+    if words:
+        raise CheckpointError(f"{path}: expected plain LoRA in a slot, found the embeddings {', '.join(words)}")

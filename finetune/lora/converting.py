@@ -6,32 +6,60 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from finetune.lora.bundles import read_bundle
+from finetune.lora.in_place import own_value
 from finetune.lora.reading import read_lora, split_key, weight_files
-from finetune.lora.targets import published_targets, targets_of
-from finetune.lora.writing import write_lora
+from finetune.lora.targets import Target, places_in, published_places
+from finetune.lora.update import AnyUpdates
+from finetune.lora.writing import plain_updates, write_lora
 from sdkit.checkpoints.tensors import read_state
 
 if TYPE_CHECKING:
     from sdkit.diffusion_model import DiffusionModel
 
 
-def convert_lora(source: str | Path, target: str | Path, format: str, model: DiffusionModel | None = None) -> None:
+def convert_lora(
+    source: str | Path,
+    target: str | Path,
+    format: str,
+    model: DiffusionModel | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Rewrite a LoRA in another format; LoHa and LoKr become the LoRA that equals them.
 
-    Its modules are looked up in ``model``; without one in Stable Diffusion 1.5 or 2, by the width of its context.
+    OFT, IA3 and GLoRA stay what they are in kohya's format; in the others they become the LoRA of full rank that equals
+    them on ``model``. Modules are looked up in ``model``; without one in Stable Diffusion 1.5 or 2, by the width of the
+    context. dtype: of the matrices, None for the file's own.
+
     Raises CheckpointError when ``source`` cannot be read, ConfigError when ``target`` cannot hold it.
     """
-    if model is not None:
-        places = targets_of(model.unet, "unet") + targets_of(model.text_encoder, "text_encoder")
-    else:
-        places = published_targets(_context_width(Path(source)))
-    write_lora(read_lora(source, places), target, format)
+
+    def weight_of(place: Target) -> Tensor | None:
+        return None if model is None else own_value(model, place)
+
+    width = _context_width(Path(source))
+    places = published_places(width) if model is None else places_in(model)
+    updates: AnyUpdates = read_lora(source, places)
+    if format != "kohya":
+        updates = plain_updates(updates, weight_of, format)
+
+    words: dict[str, Tensor] = {}
+    for file, _ in weight_files(Path(source)):
+        words |= read_bundle(file, model.text_encoder.config.hidden_size if model else width or 768)
+    write_lora(updates, target, format, dtype=dtype, words=words)
 
 
 def _context_width(path: Path) -> int | None:
-    """The width of the context in a LoRA for attn2, None when the file does not tell."""
+    """The width of the context, by a LoRA's matrices for attn2 or kohya's header; None when the file does not tell."""
     for file, _ in weight_files(path):
-        for key, tensor in read_state(file)[0].items():
-            if re.search(r"attn2[._](processor\.)?to_[kv]", key) and split_key(key)[1] in ("down", "hada_w1_b"):
+        state, metadata = read_state(file)
+        for key, tensor in state.items():
+            columns = split_key(key)[1] in ("down", "hada_w1_b", "diff", "b2.weight")
+            if columns and re.search(r"attn2[._](processor\.)?to_[kv]", key):
                 return tensor.shape[1]
+        if metadata.get("ss_v2") == "True":
+            return 1024
     return None

@@ -21,10 +21,11 @@ LOKR = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "
 def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleOf) -> LowRankUpdate:
     """The update that a file's tensors for one module describe, for a weight of ``shape``.
 
-    ``parts`` by role: down, up, mid (LoCon); hada_w1_a, … (LoHa); lokr_w1, … (LoKr); magnitude or dora_scale (DoRA).
+    ``parts`` by role: down, up, mid (LoCon); hada_w1_a, … (LoHa); lokr_w1, … (LoKr); magnitude or dora_scale (DoRA);
+    alpha and scalar, which ``scale_of`` knows of.
     Raises CheckpointError, without the file's name, when they are incomplete or of other shapes.
     """
-    roles = frozenset(parts) - {"magnitude", "dora_scale"}
+    roles = frozenset(parts) - {"magnitude", "dora_scale", "alpha", "scalar"}
     if roles - {"mid"} == PLAIN:
         factors, rank = _plain(parts), parts["down"].shape[0]
     elif roles - {"hada_t1", "hada_t2"} == LOHA and ("hada_t1" in roles) == ("hada_t2" in roles):
@@ -34,7 +35,7 @@ def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleO
         rank = next((parts[role].shape[0] for role in ("lokr_w2_b", "lokr_w1_b") if role in parts), 0)
     else:
         raise CheckpointError(
-            f"expected down and up of LoRA, or all of LoHa's or LoKr's; found {', '.join(sorted(parts))}"
+            f"expected down and up of LoRA, or all of one other family's tensors; found {', '.join(sorted(parts))}"
         )
 
     up, down = factors

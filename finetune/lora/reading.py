@@ -1,4 +1,4 @@
-"""Reads LoRA files of every dialect: diffusers', peft's and kohya's (A1111, ComfyUI); LoCon, LoHa, LoKr and DoRA.
+"""Reads LoRA files of every dialect: diffusers', peft's and kohya's (A1111, ComfyUI), and all that LyCORIS writes.
 
 One reader takes them all, because a key is always a place in the model and a role there: places are looked up in
 a table of all their spellings (`Target.spellings`), since kohya's underscores cannot be split, and roles in ``ROLES``.
@@ -15,9 +15,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from finetune.lora.bundles import is_bundled
 from finetune.lora.families import make_update
 from finetune.lora.targets import Target
-from finetune.lora.update import LowRankUpdate, Updates
+from finetune.lora.update import LowRankUpdate, WeightChange
+from finetune.lora.weight_families import ENDS, check_parts, family_of
 from sdkit.checkpoints.tensors import read_state
 from sdkit.errors import CheckpointError, one_line
 from sdkit.files import read_config
@@ -26,9 +28,10 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 
-_SINGLE = ("alpha", "lora_mid.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale",
+_SINGLE = ("alpha", "scalar", "lora_mid.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale",
            "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
            "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")  # fmt: skip
+_NAMED = r"lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+"
 ROLES = {
     **dict.fromkeys(("lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight", "lora_down.weight"), "down"),
     **dict.fromkeys(("lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight", "lora_up.weight"), "up"),
@@ -36,18 +39,24 @@ ROLES = {
     "lora_mid.weight": "mid",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    **{end: end for end in sorted(ENDS, key=lambda end: end == "weight")},  # last what others end with too
 }
 """The end of a key, and the tensor's role in its module."""
+BIASES = ("diff_b", "b_norm")
+"""Roles of a module's bias."""
+
+UpdatesRead = dict[Target, LowRankUpdate | WeightChange]
 
 
-def read_lora(path: str | Path, places: Iterable[Target]) -> Updates:
+def read_lora(path: str | Path, places: Iterable[Target]) -> UpdatesRead:
     """The updates in a file, or in a folder of diffusers or peft, for a model that has ``places``.
 
-    Raises CheckpointError that names the file and the key when it is damaged, is no LoRA, is made for a model of other
-    modules or widths, or has a key that is not understood: none is passed over.
+    Textual inversions in it are read by `finetune.lora.bundles.read_bundle`. Raises CheckpointError that names the file
+    and the key when it is damaged, is no LoRA, is made for a model of other modules or widths, or has a key that is not
+    understood: none is passed over.
     """
     names = {spelling: target for target in places for spelling in target.spellings()}
-    updates: Updates = {}
+    updates: UpdatesRead = {}
     for file, config in weight_files(Path(path)):
         state, metadata = read_state(file)
         configs = _configs_of(metadata, file) if config is None else {"unet": config, "text_encoder": config}
@@ -88,14 +97,19 @@ def _configs_of(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, 
 
 def _read_state(
     state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]], names: Mapping[str, Target], where: str
-) -> Updates:
+) -> UpdatesRead:
     """The updates in one file's tensors; ``names`` has every spelling of a place, ``where`` is for messages."""
     parts: dict[Target, dict[str, Tensor]] = {}
     problems: list[str] = []
 
     for key, tensor in state.items():
+        if is_bundled(key):
+            continue
+
         module, role = split_key(key)
         target = names.get(module)
+        if target is not None and role in BIASES:
+            target = target.bias
         if role is None:
             problems.append(f"{key} (no part of a LoRA that is known here)")
         elif target is None:
@@ -113,7 +127,12 @@ def _read_state(
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """A key as (module, role); the attention processors' names, diffusers' first, become those of modules."""
+    """A key as (module, role), whatever wrapped the network, and without the name that peft gives an adapter.
+
+    The attention processors' names, diffusers' first, become those of modules.
+    """
+    key = re.sub(r"(?<![^.])(module|_orig_mod)\.", "", key).replace("_orig_mod_", "")  # of DDP and of torch.compile
+    key = re.sub(rf"\.({_NAMED})\.(?!weight$)[^.]+(?=(\.weight)?$)", r".\1", key)
     key = key.replace(".processor.", ".")
     key = re.sub(r"self_attn\.to_(q|k|v|out)_lora\.", r"self_attn.\1_proj.lora.", key)
     key = re.sub(r"\.to_(q|k|v)_lora\.", r".to_\1.lora.", key).replace(".to_out_lora.", ".to_out.0.lora.")
@@ -123,18 +142,28 @@ def split_key(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _update(target: Target, parts: dict[str, Tensor], config: Mapping[str, Any], where: str) -> LowRankUpdate:
-    alpha = parts.pop("alpha", None)
+def _update(
+    target: Target, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+) -> LowRankUpdate | WeightChange:
+    try:
+        family = family_of(parts)
+        if family is not None:
+            check_parts(family, parts, target.shape)
+            return WeightChange(parts)
+        return _low_rank(target, parts, config)
+    except (CheckpointError, RuntimeError, IndexError) as error:  # torch's on tensors that do not fit each other
+        raise CheckpointError(f"{where}: {target.diffusers}: {one_line(error)}") from None
+
+
+def _low_rank(target: Target, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRankUpdate:
+    alpha, scalar = parts.get("alpha"), float(parts.get("scalar", 1.0))
 
     def scale_of(rank: int) -> float:
         if alpha is not None:
-            return float(alpha) / rank if rank else 1.0  # LoKr of whole matrices has no rank, and ignores alpha
-        return _scale_in(config, target, rank)
+            return scalar * (float(alpha) / rank if rank else 1.0)  # LoKr of whole matrices ignores alpha
+        return scalar * _scale_in(config, target, rank)
 
-    try:
-        return make_update(parts, target.shape, scale_of)
-    except (CheckpointError, RuntimeError, IndexError) as error:  # torch's on tensors that do not fit each other
-        raise CheckpointError(f"{where}: {target.diffusers}: {one_line(error)}") from None
+    return make_update(parts, target.shape, scale_of)
 
 
 def _scale_in(config: Mapping[str, Any], target: Target, rank: int) -> float:

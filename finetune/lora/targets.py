@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from sdkit.checkpoints.key_maps import unet_map
 from sdkit.checkpoints.presets import read_preset
 from sdkit.errors import ConfigError
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.text_encoder import build_text_encoder
 from sdkit.networks.unet import UNet2DConditionModel
 
+if TYPE_CHECKING:
+    from sdkit.diffusion_model import DiffusionModel
+
 _TEXT = "text_model."  # the level of CLIPTextModel that files have, and transformers had before 5.6
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer or convolution: its network ("unet" or "text_encoder"), its path there, its weight's shape."""
+    """A layer's weight: its network ("unet" or "text_encoder"), the layer's path there, the weight's shape.
+
+    ldm_path: the layer's path in CompVis' and Stability's single files, "" where it has none.
+    parameter: "bias" for the layer's bias.
+    """
 
     network: str
     path: str
     shape: torch.Size
+    ldm_path: str = field(default="", compare=False)
+    parameter: str = "weight"
 
     @property
     def file_path(self) -> str:
@@ -44,36 +55,82 @@ class Target:
     def kohya(self) -> str:
         return f"lora_{'unet' if self.network == 'unet' else 'te'}_{self.file_path.replace('.', '_')}"
 
+    @property
+    def bias(self) -> Target:
+        """The bias beside this weight."""
+        return replace(self, shape=self.shape[:1], parameter="bias")
+
     def spellings(self) -> Iterator[str]:
-        """Every name under which a file may know this place."""
+        """Every name under which a file may know this layer."""
         for path in {self.path, self.file_path, self.file_path.removeprefix(_TEXT)}:
             yield from (path, f"{self.network}.{path}", f"base_model.model.{path}")
         yield self.kohya
+
         if self.network == "text_encoder":
             yield self.kohya.replace("lora_te_", "lora_te1_", 1)  # SDXL's trainers number their text encoders
+        else:
+            yield self.kohya.replace("lora_", "oft_", 1)  # kohya's trainer of OFT
+        if self.ldm_path:
+            yield f"lora_unet_{self.ldm_path.replace('.', '_')}"
+            yield from (f"{prefix}diffusion_model.{self.ldm_path}" for prefix in ("", "model."))
+
+
+def networks_of(sd: DiffusionModel) -> dict[str, nn.Module]:
+    """The networks that take adapters, by the names that files give them."""
+    return {"unet": sd.unet, "text_encoder": sd.text_encoder}
 
 
 def targets_of(network: nn.Module, name: str) -> list[Target]:
     """Every linear layer and convolution of the network called ``name``, in the order of its modules."""
-    return [Target(name, path, layer.weight.shape) for path, layer in _adaptable(network, "")]
+    return _targets(network, name, lambda layer: isinstance(layer, nn.Linear | nn.Conv2d))
 
 
-def _adaptable(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def places_of(network: nn.Module, name: str) -> list[Target]:
+    """The layers that files may change: those of `targets_of`, and the norms."""
+    return _targets(network, name, lambda layer: isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm))
+
+
+def places_in(sd: DiffusionModel) -> list[Target]:
+    """The layers of a whole model that files may change."""
+    return [target for name, network in networks_of(sd).items() for target in places_of(network, name)]
+
+
+def reached(places: Sequence[Target], text_layers: int, clip_skip: int) -> list[Target]:
+    """The places without those in the last ``clip_skip`` of the text encoder's layers, whose results nothing reads."""
+
+    def skipped(place: Target) -> bool:
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", place.path) if place.network == "text_encoder" else None
+        return layer is not None and int(layer[1]) >= text_layers - clip_skip
+
+    return [place for place in places if not skipped(place)]
+
+
+def _targets(network: nn.Module, name: str, wanted: Callable[[nn.Module], bool]) -> list[Target]:
+    layers = {path: layer.weight.shape for path, layer in _layers(network, "") if wanted(layer)}
+    keys = {path: f"{path}.weight" for path in layers}
+    ldm = unet_map(keys.values(), network.config) if isinstance(network, UNet2DConditionModel) else {}
+    return [
+        Target(name, path, shape, ldm.get(keys[path], "").removesuffix(".weight")) for path, shape in layers.items()
+    ]
+
+
+def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """The modules with a weight and none inside, without the layers that adapters put around them."""
     for name, child in module.named_children():
         layer = child.get_base_layer() if isinstance(child, LoraLayer) else child
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(getattr(layer, "weight", None), torch.Tensor):
             yield path + name, layer
         else:
-            yield from _adaptable(child, f"{path}{name}.")
+            yield from _layers(child, f"{path}{name}.")
 
 
-def published_targets(context_width: int | None) -> list[Target]:
-    """Those of Stable Diffusion 2 for a context of 1024, else of 1.5: for a file that comes without its model."""
+def published_places(context_width: int | None) -> list[Target]:
+    """Those of `places_of` in Stable Diffusion 2 for a context of 1024, else in 1.5: for a file without its model."""
     preset = read_preset("sd2" if context_width == 1024 else "sd1")
     with torch.device("meta"):
         unet = UNet2DConditionModel(UNetConfig.from_dict(preset["unet"]))
         text = build_text_encoder(preset["text_encoder"])
-    return targets_of(unet, "unet") + targets_of(text, "text_encoder")
+    return places_of(unet, "unet") + places_of(text, "text_encoder")
 
 
 TARGETS: Mapping[str, tuple[str, str]] = {

@@ -1,18 +1,22 @@
-"""One module's low-rank update.
+"""What an adapter does to one weight: a low-rank update beside it, or a change of the weight itself.
 
-Every family that we read is a matrix product in disguise: LoHa multiplies two of them entry by entry, LoKr is a
+LoRA, LoCon, LoHa and LoKr are matrix products in disguise: LoHa multiplies two of them entry by entry, LoKr is a
 Kronecker product, LoCon may keep its spatial part apart. Each is rewritten as up @ down without approximation, so that
-one kind of layer runs, scales, merges and saves them all.
+one kind of layer runs, scales, merges and saves them all. A change that is a function of the weight (`weight_families`)
+keeps the tensors of its file, and is computed from the weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from finetune.lora.targets import Target
+from finetune.lora.weight_families import WeightFamily, family_of
 
 Factors = tuple[Tensor, Tensor]
 """(up [out, rank], down [rank, in])."""
@@ -57,8 +61,43 @@ class LowRankUpdate:
         return LowRankUpdate(*shaped((up, down), weight.shape), scale=1.0)
 
 
+@dataclass(frozen=True)
+class WeightChange:
+    """A change of a weight, a norm or a bias by one of `weight_families`; its tensors by the ends of their keys."""
+
+    parts: Mapping[str, Tensor]
+
+    @cached_property
+    def family(self) -> WeightFamily:
+        found = family_of(self.parts)
+        assert found is not None, sorted(self.parts)
+        return found
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is added to ``weight``, of its shape, in float32 or wider."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        parts = {end: part.to(weight.device, wide) for end, part in self.parts.items()}
+        return self.family.difference(parts, weight.to(wide))
+
+    def low_rank(self, weight: Tensor) -> LowRankUpdate:
+        """The same change of a weight of two or more dimensions as a low-rank update, of full rank."""
+        up, down = exact_factors(self.delta(weight).flatten(1))
+        return LowRankUpdate(*shaped((up, down), weight.shape), scale=1.0)
+
+
 Updates = dict[Target, LowRankUpdate]
-"""A LoRA: the updates by their places in a model."""
+"""Low-rank updates by their places in a model."""
+Changes = dict[Target, WeightChange]
+"""Changes of weights by their places in a model."""
+AnyUpdates = Mapping[Target, LowRankUpdate | WeightChange]
+"""What an adapter does: updates and changes."""
+
+
+def split_updates(updates: AnyUpdates) -> tuple[Updates, Changes]:
+    """The low-rank updates, and the changes of weights."""
+    low_rank = {target: update for target, update in updates.items() if isinstance(update, LowRankUpdate)}
+    changes = {target: update for target, update in updates.items() if isinstance(update, WeightChange)}
+    return low_rank, changes
 
 
 def shaped(factors: Factors, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 from finetune.lora.adapters import activate, bake, list_adapters, merge, remove, set_scale, unmerge
 from finetune.lora.attach import add_lora as add
 from finetune.lora.attach import load_lora as load
-from finetune.lora.attach import save_lora as save
 from finetune.lora.converting import convert_lora as convert
+from finetune.lora.saving import save_lora as save
 
 MERGES = True
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import finetune
-from finetune.lora.adapters import is_merged, layers, without_adapters
+from finetune.lora.adapters import changing, is_merged, layers, without_adapters
 from finetune.lora.targets import match_targets
 from finetune.lora.writing import write_lora
 from sdkit.errors import ConfigError
@@ -150,6 +150,30 @@ def test_a_baked_adapter_is_a_part_of_a_plain_model(files: dict[str, Path], tmp_
     assert relative_error(latents(again), expected) < 1e-4
 
 
+def test_an_error_while_something_changes_leaves_a_merged_model_merged(
+    sd: StableDiffusion, files: dict[str, Path]
+) -> None:
+    finetune.load_lora(sd, files["whole"])
+    finetune.merge(sd)
+    before = weights(sd)
+    with pytest.raises(KeyError), changing(sd):
+        assert not is_merged(sd)
+        raise KeyError
+    assert is_merged(sd) and same(before, weights(sd))
+
+
+def test_nothing_new_trains_beside_what_is_merged(sd: StableDiffusion, files: dict[str, Path]) -> None:
+    """It would be merged as well, so that no gradient reached it."""
+    finetune.load_lora(sd, files["whole"])
+    finetune.merge(sd)
+    for train in (lambda: finetune.add_lora(sd), lambda: finetune.load_lora(sd, files["part"], trainable=True)):
+        with pytest.raises(ConfigError, match="expected adapters beside the weights, found them merged; unmerge"):
+            train()
+    assert list(finetune.list_adapters(sd)) == ["whole"] and is_merged(sd)
+    finetune.load_lora(sd, files["part"])  # only to be used, it may
+    assert is_merged(sd)
+
+
 def test_an_unknown_name_is_an_error_that_lists_the_known(sd: StableDiffusion, files: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="'x': expected one of the model's: it has none"):
         finetune.enable(sd, "x")
@@ -186,7 +210,8 @@ def test_switched_off_for_a_while_is_the_model_alone(sd: StableDiffusion, base: 
         for _, _, layer in layers(sd):
             if "trains" in layer.lora_B:
                 layer.lora_B["trains"].weight.fill_(0.1)
-    adapted, trains = latents(sd), [p.requires_grad for p in sd.unet.parameters()]
+    with pytest.warns(UserWarning, match="lora 'part': loaded, but does nothing: it is disabled"):
+        adapted, trains = latents(sd), [p.requires_grad for p in sd.unet.parameters()]
     with pytest.raises(KeyError), without_adapters(sd) as unet:
         assert unet is sd.unet and torch.equal(latents(sd), base)
         raise KeyError

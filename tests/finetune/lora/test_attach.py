@@ -84,8 +84,9 @@ def test_arguments_without_meaning(sd: StableDiffusion) -> None:
         ({"alpha": 0}, "alpha: expected a finite number above 0"),
         ({"dropout": 1.0}, "dropout: expected"),
         ({"init": "pissa"}, "init: expected one of kaiming, gaussian"),
-        ({"name": "a.b"}, "torch cannot"),
-        ({"name": "half"}, "torch cannot"),
+        ({"name": "a:b"}, "expected a name without : < >"),
+        ({"name": "a "}, "without white space around it"),
+        ({"name": ""}, "expected a name"),
         ({"targets": "self-attention"}, "nothing matches self-attention"),
         ({"targets": r"attn2\.", "text_encoder": True}, "matches nothing in the text_encoder"),
     ]
@@ -96,18 +97,6 @@ def test_arguments_without_meaning(sd: StableDiffusion) -> None:
     finetune.add_lora(sd)
     with pytest.raises(ConfigError, match="'default': the model has one of this name"):
         finetune.add_lora(sd)
-
-
-def test_saving_asks_which_of_several(sd: StableDiffusion, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no adapters"):
-        finetune.save_lora(sd, tmp_path)
-    finetune.add_lora(sd, name="a", targets="attention")
-    finetune.add_lora(sd, name="b", rank=2)
-    with pytest.raises(ConfigError, match="has a, b"):
-        finetune.save_lora(sd, tmp_path)
-    finetune.save_lora(sd, tmp_path, name="b")
-    read = read_lora(tmp_path, places(sd))
-    assert len(read) == 16 and {update.rank for update in read.values()} == {2}
 
 
 # Asked for by a prompt
@@ -124,7 +113,8 @@ def test_a_prompts_tag_sets_the_scale_for_its_picture(sd: StableDiffusion, base:
     finetune.load_lora(sd, tmp_path / "two", scale=0.0)
     finetune.disable(sd)
     before = finetune.list_adapters(sd)
-    assert torch.equal(latents(sd), base)
+    with pytest.warns(UserWarning, match="lora 'two': loaded, but does nothing: it is disabled"):
+        assert torch.equal(latents(sd), base)
     assert relative_error(latents(sd, "a cat<lora:one:0.5>"), expected[0.5]) < 1e-6
     assert relative_error(latents(sd, "a cat<lora:one:0.25><lora:one:0.75>"), expected[1.0]) < 1e-6
     assert relative_error(latents(sd, "a cat<lora:one:0>"), base) < 1e-6

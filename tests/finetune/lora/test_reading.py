@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import finetune
+from finetune.adapters import KINDS
 from finetune.lora.reading import DIFFUSERS_FILE, METADATA, read_lora
 from finetune.lora.targets import match_targets
 from finetune.lora.writing import write_lora
+from sdkit.checkpoints.inspection import inspect_file
 from sdkit.errors import CheckpointError
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw, relative_error
@@ -90,16 +92,64 @@ SPELLINGS = {
     "lora_linear_layer": lambda key: up_and_down(key, "lora_linear_layer"),
     "without text_model": lambda key: key.replace("text_model.", ""),
     "peft's prefix": lambda key: re.sub(r"^(unet|text_encoder)\.", "base_model.model.", key),
+    "peft's name for the adapter": lambda key: re.sub(r"(lora_[AB])", r"\1.default", key),
+    "DistributedDataParallel": lambda key: f"module.{key}",
+    "a wrapped network": lambda key: re.sub(r"^(unet|text_encoder)\.", r"\1.module._orig_mod.", key),
+    "a wrapped network in kohya's names": lambda key: in_kohyas_names(key).replace(
+        "lora_unet_", "lora_unet__orig_mod_"
+    ),
+    "blocks of single files": lambda key: key if "text_" in key else f"diffusion_model.{in_ldms_blocks(key)}",
+    "blocks of single files in kohya's names": lambda key: (
+        in_kohyas_names(key) if "text_" in key else in_kohyas_names(in_ldms_blocks(key), "lora_unet_")
+    ),
 }
+
+
+def in_kohyas_names(key: str, prefix: str = "") -> str:
+    module, end = re.split(r"\.(?=lora_)", key)
+    module = module.replace("text_encoder.", "lora_te_").replace("unet.", "lora_unet_").replace(".", "_")
+    return f"{prefix}{module}.{end.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}"
+
+
+def in_ldms_blocks(key: str) -> str:
+    """A layer of the tiny UNet, of one ResNet block per level, as CompVis numbers its blocks."""
+    for theirs, ours in (
+        (r"^unet\.", ""),
+        (r"^conv_in\.", "input_blocks.0.0."),
+        (r"^conv_out\.", "out.2."),
+        (r"^time_embedding\.linear_1\.", "time_embed.0."),
+        (r"^time_embedding\.linear_2\.", "time_embed.2."),
+        (r"^mid_block\.resnets\.0", "middle_block.0"),
+        (r"^mid_block\.attentions\.0", "middle_block.1"),
+        (r"^mid_block\.resnets\.1", "middle_block.2"),
+        (r"^down_blocks\.0\.resnets\.0", "input_blocks.1.0"),
+        (r"^down_blocks\.0\.attentions\.0", "input_blocks.1.1"),
+        (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.2.0.op"),
+        (r"^down_blocks\.1\.resnets\.0", "input_blocks.3.0"),
+        (r"^up_blocks\.0\.resnets\.(\d)", r"output_blocks.\1.0"),
+        (r"^up_blocks\.0\.upsamplers\.0", "output_blocks.1.1"),
+        (r"^up_blocks\.1\.resnets\.0", "output_blocks.2.0"),
+        (r"^up_blocks\.1\.resnets\.1", "output_blocks.3.0"),
+        (r"^up_blocks\.1\.attentions\.0", "output_blocks.2.1"),
+        (r"^up_blocks\.1\.attentions\.1", "output_blocks.3.1"),
+        (r"(\.0)\.conv1\.", r"\1.in_layers.2."),
+        (r"(\.[02])\.conv2\.", r"\1.out_layers.3."),
+        (r"(middle_block\.2)\.conv1\.", r"\1.in_layers.2."),
+        (r"\.time_emb_proj\.", ".emb_layers.1."),
+        (r"\.conv_shortcut\.", ".skip_connection."),
+    ):
+        key = re.sub(theirs, ours, key)
+    return key
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_other_names_for_the_same(sd: StableDiffusion, spelling: str, tmp_path: Path) -> None:
-    updates = case(sd, "attention", text=True)
+    updates = case(sd, "attention" if "old" in spelling or "attn" in spelling else "all", text=True)
     write_lora(updates, tmp_path / "new.safetensors")
     renamed = {SPELLINGS[spelling](k): v for k, v in load_file(tmp_path / "new.safetensors").items()}
     assert renamed.keys() != load_file(tmp_path / "new.safetensors").keys()
     save_file(renamed, tmp_path / "old.safetensors")
+    assert inspect_file(tmp_path / "old.safetensors")["kind"] in KINDS[0].files
     read = read_lora(tmp_path / "old.safetensors", places(sd))
     assert read.keys() == updates.keys()
     assert all(torch.equal(read[target].delta(), updates[target].delta()) for target in updates)
@@ -132,6 +182,35 @@ def test_alphas_and_their_absence(sd: StableDiffusion, tmp_path: Path) -> None:
     assert (read[target].scale, read[other].scale) == (1.0, 3.0)
 
 
+def test_two_adapters_of_peft_in_one_file_are_one_too_many(sd: StableDiffusion, tmp_path: Path) -> None:
+    write_lora(case(sd, "cross_attention"), tmp_path / "it.safetensors")
+    state = load_file(tmp_path / "it.safetensors")
+    state = {re.sub("(lora_[AB])", rf"\1.{name}", k): v.clone() for k, v in state.items() for name in "ab"}
+    save_file(state, tmp_path / "it.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora_A\.[ab]\.weight \(its down is there twice\)"):
+        finetune.load_lora(sd, tmp_path / "it.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_short_numbers_are_those_that_they_stand_for(
+    sd: StableDiffusion, dtype: torch.dtype, suffix: str, tmp_path: Path
+) -> None:
+    write_lora(case(sd, "cross_attention"), tmp_path / "it.safetensors", "kohya")
+    short = {k: v.to(dtype) for k, v in load_file(tmp_path / "it.safetensors").items()}
+    if suffix == "pt":
+        torch.save(short, tmp_path / "short.pt")
+    else:
+        save_file(short, tmp_path / "short.safetensors")
+    save_file({k: v.float() for k, v in short.items()}, tmp_path / "wide.safetensors")
+
+    finetune.load_lora(sd, tmp_path / f"short.{suffix}")
+    ours = latents(sd)
+    finetune.remove(sd)
+    finetune.load_lora(sd, tmp_path / "wide.safetensors")
+    assert torch.equal(latents(sd), ours)
+
+
 def spoiled(state: dict[str, torch.Tensor], key: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {k: v for k, v in (state | {key: value}).items() if v is not None}
 
@@ -145,8 +224,8 @@ def test_a_bad_file_is_one_line_that_names_it(sd: StableDiffusion, tmp_path: Pat
         "widths": (spoiled(good, down, torch.ones(4, 48)), r"attn2\.to_k.* expected an update of \[16, 32\], .*48"),
         "rows": (spoiled(good, up, torch.ones(48, 4)), r"attn2\.to_k.*expected an update of \[16, 32\], found \[48"),
         "ranks": (spoiled(good, up, torch.ones(16, 5)), r"attn2\.to_k.*\[16, 5\] @ \[4, 32\]"),
-        "only_down": (spoiled(good, up, None), r"attn2\.to_k.*expected down and up.*found down"),
-        "key": (spoiled(good, f"{module}.oft_blocks", torch.ones(1)), r"1 of \d+ keys.*oft_blocks"),
+        "only_down": (spoiled(good, up, None), r"attn2\.to_k.*expected down and up.*found alpha, down"),
+        "key": (spoiled(good, f"{module}.oft_diag", torch.ones(1)), r"1 of \d+ keys.*oft_diag"),
         "module": (spoiled(good, down.replace("to_k", "to_w"), torch.ones(4, 32)), "to_w.*no such module"),
         "twice": (
             spoiled(good, "unet." + places(sd)[0].path + ".alpha", torch.ones(()))
@@ -154,7 +233,7 @@ def test_a_bad_file_is_one_line_that_names_it(sd: StableDiffusion, tmp_path: Pat
             "its alpha is there twice",
         ),
         "nan": (spoiled(good, up, torch.full((16, 4), torch.nan)), r"attn2\.to_k.*finite"),
-        "lokr": ({f"{module}.lokr_w1_a": torch.ones(2, 2)}, "LoKr.*found lokr_w1_a"),
+        "lokr": ({f"{module}.lokr_w1_a": torch.ones(2, 2)}, "one other family.*found lokr_w1_a"),
         "loha": ({f"{module}.hada_{w}": torch.ones(3, 3) for w in ("w1_a", "w1_b", "w2_a", "w2_b")}, r"\[16, 32\]"),
         "magnitude": (spoiled(good, f"{module}.dora_scale", torch.ones(7, 1)), r"16 rows.*\[7, 1\]"),
         "foreign": (dict(sd.vae.state_dict()), "keys are not understood, the first decoder"),

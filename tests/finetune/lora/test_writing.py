@@ -10,15 +10,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune
-from finetune.lora.reading import read_lora
+from finetune.lora.reading import read_lora, weight_files
+from finetune.lora.targets import match_targets, places_in
+from finetune.lora.update import LowRankUpdate
 from finetune.lora.writing import write_lora
-from sdkit.checkpoints.tensors import read_header
+from sdkit.checkpoints.tensors import read_header, read_state
 from sdkit.errors import ConfigError
 from sdkit.stable_diffusion import StableDiffusion
-from tests.conftest import relative_error
+from tests.conftest import draw, relative_error
 from tests.finetune.lora.cases import BAR, CASES, case
 from tests.finetune.tiny import latents, places, their_latents
 
@@ -110,6 +112,67 @@ def test_kohyas_file_has_one_alpha_and_the_facts_that_programs_ask_for(sd: Stabl
     tensors = content[8 + int.from_bytes(content[:8], "little") :]
     assert metadata["sshs_model_hash"] == hashlib.sha256(tensors).hexdigest()
     assert len(header) == 3 * len(read_lora(path, places(sd)))
+
+
+def changes(sd: StableDiffusion, path: Path) -> None:
+    """A file with OFT, IA3 and a LoRA, each in other layers."""
+    found = match_targets(places(sd), ["attn1.to_v", "attn2.to_k", "proj_in", "conv1"])
+    state: dict[str, torch.Tensor] = {}
+    for i, target in enumerate(found):
+        rows = target.shape[0]
+        parts = {
+            "oft_blocks": 0.5 * draw(target.kohya, (rows // 4, 4, 4)).float(),
+            "alpha": torch.tensor(0.0),
+        } if i % 2 else {"weight": 0.5 * draw(target.kohya, (rows,)).float(), "on_input": torch.tensor(0)}  # fmt: skip
+        state |= {f"{target.kohya}.{end}": part for end, part in parts.items()}
+    write_lora(case(sd, "cross_attention"), path, "kohya")
+    lora = {k: v for k, v in load_file(path).items() if "to_k" not in k}
+    save_file(state | lora, path)
+
+
+def test_changes_of_weights_stay_what_they_are_in_kohyas_format(sd: StableDiffusion, tmp_path: Path) -> None:
+    changes(sd, tmp_path / "a.safetensors")
+    finetune.load_lora(sd, tmp_path / "a.safetensors")
+    finetune.save_lora(sd, tmp_path / "b.safetensors", "kohya")
+    first, again = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    assert read_header(tmp_path / "b.safetensors")[1]["ss_network_module"] == "lycoris.kohya"
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_changes_of_weights_are_a_lora_of_full_rank_elsewhere(
+    sd: StableDiffusion, base: torch.Tensor, pipe: Any, format: str, tmp_path: Path
+) -> None:
+    changes(sd, tmp_path / "a.safetensors")
+    finetune.load_lora(sd, tmp_path / "a.safetensors")
+    finetune.save_lora(sd, tmp_path / "b", format)
+    ours = latents(sd)
+    assert relative_error(ours, base) > 0.05
+    assert relative_error(ours, load_theirs(pipe, tmp_path / "b", format)) < BAR
+
+    norm = next(target for target in places_in(sd) if len(target.shape) == 1)
+    save_file({f"{norm.kohya}.b_norm": torch.ones(norm.shape)}, tmp_path / "norm.safetensors")
+    finetune.load_lora(sd, tmp_path / "norm.safetensors")
+    with pytest.raises(ConfigError, match=rf"{norm.diffusers}: {format}'s format has no place for a norm or a bias"):
+        finetune.save_lora(sd, tmp_path / "c", format, name="norm")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
+def test_in_another_dtype(sd: StableDiffusion, format: str, tmp_path: Path) -> None:
+    """Matrices are rounded once, alpha is not; what is too large is an error."""
+    updates = case(sd, **CASES["mixed ranks and alphas"])
+    for name, dtype in (("wide", None), ("half", torch.float16)):
+        write_lora(updates, tmp_path / f"{name}.safetensors", format, dtype=dtype)
+    wide, half = (read_state(weight_files(tmp_path / f"{n}.safetensors")[0][0])[0] for n in ("wide", "half"))
+    assert wide.keys() == half.keys()
+    assert all(v.dtype == (torch.float16 if v.dim() else torch.float32) for v in half.values())
+    assert all(torch.equal(half[k], v.half() if v.dim() else v) for k, v in wide.items())
+
+    target = next(iter(updates))
+    large = {target: LowRankUpdate(updates[target].down * 1e6, updates[target].up, 1.0)}
+    with pytest.raises(ConfigError, match="too large for float16"):
+        write_lora(large, tmp_path / "large.safetensors", format, dtype=torch.float16)
 
 
 def test_what_a_format_cannot_hold_is_refused(sd: StableDiffusion, tmp_path: Path) -> None:

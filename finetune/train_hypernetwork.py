@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from finetune.data.batches import DataConfig
+from finetune.data.config import DataConfig
 from finetune.hypernetwork.attach import add_hypernetwork, without_hypernetworks
 from finetune.hypernetwork.network import Hypernetwork
+from finetune.options import check_options, refuse_unread_options
 from finetune.recipe.command_line import command
 from finetune.recipe.diffusion_loss import LossConfig
 from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
 from finetune.training.config import TrainConfig
 from finetune.training.freezing import freeze
+from sdkit.checks import POSITIVE, Range, refuse_unread
 from sdkit.stable_diffusion import StableDiffusion
 
 FILE = "hypernetwork.pt"
@@ -37,8 +39,8 @@ class HypernetworkModel(ModelConfig):
 class HypernetworkOptions:
     """The adapter, see ``finetune.Hypernetwork``."""
 
-    widths: Annotated[tuple[int, ...], "Widths of the contexts that it is for (default: the text's)."] = ()
-    layer_structure: Annotated[tuple[float, ...], "Sizes of its layers over the width."] = (1.0, 2.0, 1.0)
+    widths: Annotated[tuple[int, ...], "Widths of the contexts that it is for (default: the text's).", Range(1)] = ()
+    layer_structure: Annotated[tuple[float, ...], "Sizes of its layers over the width.", POSITIVE] = (1.0, 2.0, 1.0)
     activation_func: Annotated[str, "After each layer but the last; A1111's names."] = "swish"
     weight_initialization: Annotated[
         str, "Zero (begin with what changes nothing), Normal (A1111's), XavierUniform, KaimingNormal, …"
@@ -46,9 +48,18 @@ class HypernetworkOptions:
     is_layer_norm: Annotated[bool, "Norm after each layer."] = False
     activate_output: Annotated[bool, "The activation after the last layer too."] = False
     dropout_structure: Annotated[
-        tuple[float, ...], "For each entry of layer_structure the share that is dropped (default: nothing)."
+        tuple[float, ...],
+        "For each entry of layer_structure the share that is dropped (default: nothing).",
+        Range(0, 1, below=True),
     ] = ()
     whiten: Annotated[bool, "Train on whitened contexts, which takes fewer steps; the file is a plain one."] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.activation_func == "linear":
+            refuse_unread_options(self, ("activate_output",), "with the activation_func linear")
+        if self.dropout_structure:
+            refuse_unread("dropout_structure", self.dropout_structure[0], 0, "in its first entry, the network's input")
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,8 @@ class HypernetworkTraining(TrainConfig):
     clipped at 0.05 and an ``adam_beta2`` of 0.99 (`finetune.pretrain.compare`).
     """
 
-    learning_rate: Annotated[float, "Highest learning rate; A1111's advice without this care is 5e-6."] = 1e-4
-    lr_warmup_steps: Annotated[int, "Steps over which the rate rises from 0."] = 100
+    learning_rate: Annotated[float, "Highest learning rate; A1111's advice without this care is 5e-6.", POSITIVE] = 1e-4
+    lr_warmup_steps: Annotated[int, "Steps over which the rate rises from 0.", Range(0)] = 100
 
 
 def main(

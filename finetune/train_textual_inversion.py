@@ -15,7 +15,9 @@ from typing import Annotated
 
 import torch
 
-from finetune.data.batches import Batch, DataConfig, TrainingData
+from finetune.data.batches import Batch, TrainingData
+from finetune.data.config import DataConfig
+from finetune.options import check_options
 from finetune.recipe.command_line import command
 from finetune.recipe.diffusion_loss import LossConfig
 from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
@@ -29,7 +31,7 @@ from finetune.textual_inversion import (
 from finetune.training.config import TrainConfig
 from finetune.training.freezing import freeze
 from sdkit.checkpoints.textual_inversion import save_textual_inversion
-from sdkit.checks import check_positive, expect
+from sdkit.checks import POSITIVE, Range, expect, refuse_unread
 from sdkit.errors import ConfigError
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -50,9 +52,11 @@ class WordOptions:
 
     token: Annotated[str, "The new word, as captions and prompts have it."]
     init: Annotated[str, "Words that are like it: one for each vector, or every vector begins as their mean."]
-    vectors: Annotated[int, "How many vectors it stands for; each takes the place of a token in prompts."] = 1
+    vectors: Annotated[int, "How many vectors it stands for; each takes the place of a token in prompts.", Range(1)] = 1
     max_norm: Annotated[
-        float | None, "Longest a vector may become, times the vocabulary's mean (1: as a real word's; default: any)."
+        float | None,
+        "Longest a vector may become, times the vocabulary's mean (1: as a real word's; default: any).",
+        POSITIVE,
     ] = None
     templates: Annotated[
         tuple[str, ...], "Captions of pictures without one, drawn anew each time; {} stands for the word."
@@ -60,8 +64,7 @@ class WordOptions:
 
     def __post_init__(self) -> None:
         check_token(self.token)
-        if self.max_norm is not None:
-            check_positive("max_norm", self.max_norm)
+        check_options(self)
         filled = bool(self.templates) and all(template.count(HOLE) == 1 for template in self.templates)
         expect(filled, "templates", f"{HOLE} once in each of one or more", list(self.templates))
 
@@ -76,7 +79,7 @@ class WordOptions:
 class InversionTraining(TrainConfig):
     """The loop's settings, with a rate for a few vectors alone as default."""
 
-    learning_rate: Annotated[float, "Highest learning rate."] = 2e-3
+    learning_rate: Annotated[float, "Highest learning rate.", POSITIVE] = 2e-3
 
 
 def main(
@@ -92,6 +95,8 @@ def main(
 
     def adapt(sd: StableDiffusion, pictures: TrainingData) -> Student:
         check_captions(pictures.captions(), options.token, sd.tokenizer)
+        if options.token not in pictures.captions():
+            refuse_unread("templates", options.templates, TEMPLATES, "as every picture has a caption")
         word = learned_word(sd, options, model.clip_skip)
         return Student(
             options.files,
@@ -102,8 +107,7 @@ def main(
             about={"word": f"{options.token}, {options.vectors} vector(s) that begin as {options.init!r}"},
         )
 
-    captioned = replace(data, instance_prompt=data.instance_prompt or options.token)
-    teach(adapt, options, model, captioned, loss, config, sampling)
+    teach(adapt, options, model, data, loss, config, sampling, last_caption=options.token)
 
 
 def check_data(config: DataConfig) -> None:

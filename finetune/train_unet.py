@@ -16,8 +16,9 @@ from typing import Annotated
 
 import torch
 
-from finetune.data.batches import DataConfig
+from finetune.data.config import DataConfig
 from finetune.lora.targets import match_targets, targets_of
+from finetune.options import check_options
 from finetune.recipe.command_line import command
 from finetune.recipe.diffusion_loss import LossConfig
 from finetune.recipe.run import ModelConfig, SampleConfig, Student, teach
@@ -45,6 +46,9 @@ class UNetOptions:
         tuple[str, ...],
         "cross_attention, attention, transformer, all (norms too) or a regular expression; several: ends of names.",
     ] = ("cross_attention",)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def main(

@@ -11,27 +11,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.data.batches import DataConfig, Latents, TrainingData, read_pictures
+from finetune.data.batches import TrainingData
 from finetune.data.buckets import prepare
 from finetune.data.cache import LatentCache, View, weights_hash
+from finetune.data.config import DataConfig, Latents
+from finetune.data.folders import read_pictures
+from finetune.options import check_options
 from finetune.recipe.command_line import command, to_toml
-from finetune.recipe.report import report, summary
-from finetune.recipe.run import fill_caches
+from finetune.recipe.facts import data_facts
+from finetune.recipe.report import report, summary, write_beginnings
+from finetune.recipe.run import WITHOUT_SHEETS, fill_caches
 from finetune.training.config import TrainConfig
+from finetune.training.facts import content, options_as_facts
 from finetune.training.gradient_checkpointing import checkpoint_activations
 from finetune.training.loop import make_accelerator, train
 from finetune.training.memory import estimate_memory, peak_memory, saved_bytes
 from finetune.vae_decoder.loss import DecoderBatch, DecoderLoss, DecoderLossConfig
 from finetune.vae_decoder.metrics import load_inception, measure
 from sdkit.checkpoints import loading
+from sdkit.checks import Range, expect, refuse_unread
 from sdkit.errors import ConfigError
-from sdkit.files import write_text
 from sdkit.images.pixels import open_image, to_pil
 from sdkit.images.sheet import contact_sheet
 from sdkit.networks.layers import ResnetBlock2D
@@ -53,6 +58,9 @@ class DecoderModel:
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/vae")
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, slower."] = False
 
+    def __post_init__(self) -> None:
+        check_options(self)
+
 
 @dataclass(frozen=True)
 class DecoderData:
@@ -62,19 +70,25 @@ class DecoderData:
     validation_data: Annotated[
         Path | None, "Folder of pictures for sheets and measures (default: the first 64 that are trained on)."
     ] = None
-    resolution: Annotated[int | None, "Pixels: a picture's area is at most its square (default: the VAE's)."] = None
+    resolution: Annotated[
+        int | None, "Pixels: a picture's area is at most its square (default: the VAE's).", Range(1)
+    ] = None
+    folder_repeats: Annotated[bool, "A folder like 10_name: 10 times an epoch."] = True
     aspect_buckets: Annotated[bool, "Keep each picture's aspect ratio, about; else all become squares."] = True
-    random_crops: Annotated[int, "Crop each picture at so many random places; 0: in the middle."] = 0
+    random_crops: Annotated[int, "Crop each picture at so many random places; 0: in the middle.", Range(0)] = 0
     random_flip: Annotated[bool, "Mirror half of the pictures."] = False
     latents: Latents = "mean"
-    train_batch_size: Annotated[int, "Pictures a process and micro-batch."] = 8
+    train_batch_size: Annotated[int, "Pictures a process and micro-batch.", Range(1)] = 8
     cache_dir: Annotated[Path | None, "Encoded pictures (default: OUTPUT/cache)."] = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def config(self) -> DataConfig:
         """These settings as those of any training, each picture with an empty caption."""
         return DataConfig(
             self.data,
-            instance_prompt="",
+            folder_repeats=self.folder_repeats,
             resolution=self.resolution,
             aspect_buckets=self.aspect_buckets,
             random_crops=self.random_crops,
@@ -88,9 +102,13 @@ class DecoderData:
 class DecoderTraining(TrainConfig):
     """The loop's settings, with the published decoders' average of the weights."""
 
-    ema_decay: Annotated[float | None, "Show and write a moving average of the weights; 0: the weights."] = 0.999
+    ema_decay: Annotated[
+        float | None, "Show and write a moving average of the weights; 0: the weights.", Range(0, 1, below=True)
+    ] = 0.999
     max_grad_norm: Annotated[
-        float, "Scale down gradients whose norm is larger; 0: never. Not with a discriminator, whose gradients count."
+        float,
+        "Scale down gradients whose norm is larger; 0: never. Not with a discriminator, whose gradients count.",
+        Range(0),
     ] = 0.0
 
 
@@ -98,8 +116,11 @@ class DecoderTraining(TrainConfig):
 class DecoderSamples:
     """How the decoder is shown and measured."""
 
-    num_validation_images: Annotated[int, "Pictures on a sheet; 0: no sheets."] = 4
+    num_validation_images: Annotated[int, "Pictures on a sheet; 0: no sheets.", Range(0)] = 4
     inception_weights: Annotated[Path | None, "StyleGAN2-ADA's inception-2015-12-05.pt, for rFID."] = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def main(
@@ -111,7 +132,7 @@ def main(
 ) -> None:
     """Fine-tune the VAE's decoder on a folder of pictures; the encoder stays as it is."""
     accelerator = make_accelerator(config)
-    check(accelerator, loss_config, config)
+    check(accelerator, loss_config, config, sampling)
 
     vae = loading.load_vae(model.model, dtype=torch.float32).to(accelerator.device)
     data = training_data(vae, data_config.config(), config.seed, accelerator.process_index, accelerator.num_processes)
@@ -129,14 +150,12 @@ def main(
     before: dict[str, float] = {}
     if accelerator.is_main_process:
         print(said, flush=True)
-        model.output.mkdir(parents=True, exist_ok=True)
-        write_text(model.output / "config.toml", to_toml(model, data_config, loss_config, config, sampling))
+        write_beginnings(model.output, to_toml(model, data_config, loss_config, config, sampling), data)
         before = figures(vae)
     if model.gradient_checkpointing:
         checkpoint_activations(vae.decoder, RECOMPUTED)
 
-    rate = loss_config.discriminator_lr
-    factor = 1.0 if rate is None else rate / config.learning_rate
+    discriminator_rate = loss_config.discriminator_lr or config.learning_rate
     started = time.monotonic()
     trained = train(
         accelerator,
@@ -144,8 +163,8 @@ def main(
         partial(batch, data, latents, config.gradient_accumulation_steps),
         config,
         model.output,
-        identity={"data": data.fingerprint, "vae": weights} | loss_identity(loss),
-        rate_factor=lambda name: factor if name.startswith("discriminator.") else 1.0,
+        facts=data_facts(data) | {"the VAE": content(weights)} | loss_facts(loss),
+        highest_rate=lambda name: discriminator_rate if name.startswith("discriminator.") else config.learning_rate,
         export=lambda folder: loading.save(vae, folder / FILE),
         validate=partial(sample_sheet, vae, shown[: sampling.num_validation_images])
         if sampling.num_validation_images
@@ -160,10 +179,18 @@ def main(
         add_measures(model.output / "report.md", f"{len(shown)} pictures {what}", before, after)
 
 
-def check(accelerator: Accelerator, loss_config: DecoderLossConfig, config: TrainConfig) -> None:
+def check(
+    accelerator: Accelerator, loss_config: DecoderLossConfig, config: TrainConfig, sampling: DecoderSamples
+) -> None:
     """Raise ConfigError for settings that do not go together."""
     if accelerator.is_fsdp2:
         raise ConfigError("accelerate: a VAE needs no sharding; expected no, multi-CPU or multi-GPU, found FSDP")
+
+    expect(
+        config.learning_rate > 0, "learning_rate", "a number above 0, for the decoder to train", config.learning_rate
+    )
+    if not sampling.num_validation_images:
+        refuse_unread("validation_steps", config.validation_steps, None, WITHOUT_SHEETS)
 
     if loss_config.discriminator_weight and config.max_grad_norm:
         raise ConfigError(
@@ -176,7 +203,8 @@ def training_data(vae: AutoencoderKL, config: DataConfig, seed: int, rank: int =
     """The pictures in buckets that suit the VAE. Raises ConfigError that lists all that is wrong with them."""
     own = vae.config.sample_size
     resolution = config.resolution or (own if isinstance(own, int) else max(own))
-    return TrainingData(read_pictures(config), config, resolution, vae.config.factor, seed, rank, world)
+    found = read_pictures(config, captioned=False)
+    return TrainingData(found.pictures, config, resolution, vae.config.factor, seed, rank, world, found.left_out)
 
 
 def validation_views(vae: AutoencoderKL, config: DecoderData) -> list[View]:
@@ -195,13 +223,13 @@ def pixels(view: View) -> Tensor:
 def batch(data: TrainingData, latents: LatentCache, accumulation: int, n: int) -> DecoderBatch:
     """Micro-batch ``n``: latents, and the pictures that they are of."""
     pictures = data.batch(n, lambda view, generator: pixels(view)[0])
-    return DecoderBatch(data.batch(n, latents).latents, pictures.latents, n // accumulation)
+    return DecoderBatch(data.batch(n, latents).latents, pictures.latents, n // accumulation, pictures.weights)
 
 
-def loss_identity(loss: DecoderLoss) -> dict[str, str]:
+def loss_facts(loss: DecoderLoss) -> dict[str, Any]:
     """The facts that the loss depends on, wherever its files lie."""
-    named = {"loss": str(replace(loss.config, lpips_vgg=None, lpips_weights=None))}
-    return named if loss.lpips is None else named | {"lpips": weights_hash(loss.lpips)}
+    options = options_as_facts(loss.config, without=("lpips_vgg", "lpips_weights"))
+    return options | {"LPIPS": None if loss.lpips is None else content(weights_hash(loss.lpips))}
 
 
 def measures(

@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import dataclass
 
 from sdkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers that an option may be. An infinite bound is none: NaN and infinity are never inside.
+
+    above, below: whether ``low`` and ``high`` themselves are outside.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: object, whole: bool = False) -> bool:
+        """Whether this is a number of the range, under ``whole`` a whole one; True and False are none."""
+        if not is_number(value, self.low, self.high) or (whole and not isinstance(value, int)):
+            return False
+        return not (self.above and value == self.low) and not (self.below and value == self.high)
+
+    def __str__(self) -> str:
+        """In words, as they stand behind "a number": "from 0 to below 1"."""
+        low, high = (str(bound) if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
+        if self.high == math.inf:
+            return "of any size" if self.low == -math.inf else f"above {low}" if self.above else f"of at least {low}"
+        if self.low == -math.inf:
+            return f"below {high}" if self.below else f"of at most {high}"
+        if self.above:
+            return f"above {low} and below {high}" if self.below else f"above {low}, at most {high}"
+        return f"from {low} to {'below ' if self.below else ''}{high}"
+
+
+POSITIVE = Range(0, above=True)
+SHARE = Range(0, 1)
+SEEDS = Range(0, 2**63 - 1)
 
 
 def expect(ok: bool, name: str, expected: str, found: object) -> None:
@@ -15,9 +52,9 @@ def expect(ok: bool, name: str, expected: str, found: object) -> None:
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
     """Whether this is a finite number from low to high; True and False do not count as numbers."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    )
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max and low <= value <= high  # NaN is neither
 
 
 def is_count(value: object, least: int = 0) -> bool:
@@ -25,22 +62,36 @@ def is_count(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def check_range(name: str, value: object, range: Range, whole: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is a number, under ``whole`` a whole one, inside the range."""
+    kind = "whole" if whole else "finite" if math.inf in (range.high, -range.low) else ""
+    expect(range.holds(value, whole), name, f"a {kind + ' ' if kind else ''}number {range}", value)
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise ConfigError unless ``value`` is a whole number of at least ``least``."""
-    expect(is_count(value, least), name, f"a whole number of at least {least}", value)
+    check_range(name, value, Range(least), whole=True)
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Raise ConfigError unless ``value`` is a finite number from ``low`` to ``high``."""
-    wanted = f"a finite number of at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
-    expect(is_number(value, low, high), name, wanted, value)
+    check_range(name, value, Range(low, high))
 
 
 def check_positive(name: str, value: object) -> None:
     """Raise ConfigError unless ``value`` is a finite number above 0."""
-    expect(is_number(value, 0) and value != 0, name, "a finite number above 0", value)
+    check_range(name, value, POSITIVE)
 
 
 def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
     """Raise ConfigError unless ``value`` is one of ``known``."""
     expect(value in known, name, f"one of {', '.join(map(str, known))}", value)
+
+
+def refuse_unread(name: str, value: object, default: object, why: str) -> None:
+    """Raise ConfigError for an option that was given, so is not at its default, although nothing reads it.
+
+    why: in words, as they stand behind "does nothing": "without class_data".
+    """
+    if value != default:
+        raise ConfigError(f"{name}: does nothing {why}; leave it out, found {value!r}")

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 import sdkernels
+from sdkit.adapter_kinds import adapter_kinds
 from sdkit.checkpoints import loading
 from sdkit.checkpoints.components import Components
-from sdkit.checkpoints.scheduler_config import read_scheduler_config, write_scheduler_config
-from sdkit.checkpoints.textual_inversion import load_textual_inversion
+from sdkit.checkpoints.scheduler_config import (
+    read_noise_schedule,
+    read_scheduler_config,
+    read_spacing,
+    write_scheduler_config,
+)
+from sdkit.checkpoints.textual_inversion import TextualInversion, load_textual_inversion
 from sdkit.devices import default_dtype, find_device
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.networks.depth_estimator import DepthEstimator
+from sdkit.networks.vae import AutoencoderKL, run_dtype
 from sdkit.prompts.tags import ExtraNetwork
 from sdkit.sampling.plan import Plan
 from sdkit.sampling.planning import make_plan
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 ApplyNetworks = Callable[[Sequence[ExtraNetwork]], AbstractContextManager[None]]
 
@@ -30,7 +41,8 @@ ApplyNetworks = Callable[[Sequence[ExtraNetwork]], AbstractContextManager[None]]
 class DiffusionModel:
     """A latent diffusion model: unet, vae, text_encoder, tokenizer, schedule.
 
-    ``plan_defaults`` are the arguments of ``make_plan`` that the model's scheduler configuration stands for.
+    ``plan_defaults`` are the arguments of ``make_plan`` that the model's scheduler configuration stands for; where it
+    stands for what there is not here, ``plan_problem`` says so, and a plan needs a sampler that is named.
     ``extra_networks`` holds for each kind of tag ("lora", "hypernet") a function that puts the networks named by a
     prompt's tags of this kind, ``<lora:name:0.8>``, in force while its pictures are made: a context manager that raises
     ConfigError for a name that it does not know. ``adapter_kinds`` names the kinds of adapters that the model has,
@@ -43,11 +55,19 @@ class DiffusionModel:
         self.text_encoder: Any = components.text_encoder
         self.tokenizer: Any = components.tokenizer
         self.scheduler_config, self.extra = components.scheduler_config, components.extra
-        self.schedule, self.plan_defaults = read_scheduler_config(components.scheduler_config)
+        self.schedule = read_noise_schedule(components.scheduler_config)
+        self.plan_defaults: dict[str, Any] = read_spacing(components.scheduler_config)
+        self.plan_problem = ""
+        try:
+            self.plan_defaults = read_scheduler_config(components.scheduler_config)[1]
+        except ConfigError as error:
+            self.plan_problem = str(error)
         self.extra_networks: dict[str, ApplyNetworks] = {}
         self.adapter_kinds: set[str] = set()
         self.adapter_states: dict[str, Any] = {}
         self.textual_inversions: dict[str, Tensor] = {}
+        self.new_inversions: list[tuple[str, ...]] = []  # triggers of those that no prompt was read with yet
+        self.known_adapters: set[tuple[str, str]] = set()  # kind and name of those that pictures were made with
 
         if backend not in (None, *sdkernels.BACKENDS):
             raise ConfigError(f"backend: expected {', '.join(sdkernels.BACKENDS)} or None, found {backend!r}")
@@ -71,9 +91,10 @@ class DiffusionModel:
         """Load a model that ships with us by its name, a diffusers folder or a single file, whichever it is.
 
         device: the GPU if there is one, else the CPU. dtype: float16 on a GPU, else float32. backend: as in
-        ``sdkernels.backend``, None for the one in force. options: ``variant`` for a folder; ``preset``,
-        ``prediction_type`` and ``use_ema`` for a single file. Raises CheckpointError, and ConfigError for an option
-        that does not belong to what is there.
+        ``sdkernels.backend``, None for the one in force. options: ``vae`` and ``text_encoder``, as a network or its
+        file, in place of the model's own, which may be missing; ``variant`` for a folder; ``preset``,
+        ``prediction_type``, ``zero_snr`` and ``use_ema`` for a single file. Raises CheckpointError, and ConfigError for
+        an option that does not belong to what is there.
         """
         place = find_device(device)
         components = loading.load(model, dtype=dtype or default_dtype(place), **options)
@@ -87,16 +108,16 @@ class DiffusionModel:
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         variant: str | None = None,
+        vae: str | Path | AutoencoderKL | None = None,
+        text_encoder: str | Path | CLIPTextModel | None = None,
     ) -> Self:
         """Load a model that ships with us by its name, or a diffusers folder by its path.
 
         Arguments and errors as in `load`.
         """
-        place = find_device(device)
-        components = loading.FOLDER.load(
-            loading.find_model(model), dtype=dtype or default_dtype(place), variant=variant
-        )
-        return cls(components, backend).to(place)
+        if loading.is_single_file(model):
+            raise CheckpointError(f"{model}: expected a diffusers folder, found a file: call from_single_file")
+        return cls.load(model, device, dtype, backend, variant=variant, vae=vae, text_encoder=text_encoder)
 
     @classmethod
     def from_single_file(
@@ -107,28 +128,37 @@ class DiffusionModel:
         backend: str | None = None,
         preset: str | None = None,
         prediction_type: str | None = None,
+        zero_snr: bool | None = None,
         use_ema: bool = False,
+        vae: str | Path | AutoencoderKL | None = None,
+        text_encoder: str | Path | CLIPTextModel | None = None,
     ) -> Self:
         """Load a ``.safetensors`` or ``.ckpt`` file in the layout of CompVis and Stability.
 
-        ``preset``, ``prediction_type`` and ``use_ema`` as in `sdkit.checkpoints.single_file.load_single_file`, the
-        others as in `load`. Raises CheckpointError.
+        ``preset``, ``prediction_type``, ``zero_snr`` and ``use_ema`` as in
+        `sdkit.checkpoints.single_file.load_single_file`, the others as in `load`. Raises CheckpointError.
         """
-        place = find_device(device)
-        components = loading.SINGLE_FILE.load(
+        if Path(path).is_dir() or str(path) in loading.shipped_models():
+            raise CheckpointError(f"{path}: expected a file, found a folder or a shipped model: call from_pretrained")
+        return cls.load(
             path,
+            device,
+            dtype,
+            backend,
             preset=preset,
             prediction_type=prediction_type,
+            zero_snr=zero_snr,
             use_ema=use_ema,
-            dtype=dtype or default_dtype(place),
+            vae=vae,
+            text_encoder=text_encoder,
         )
-        return cls(components, backend).to(place)
 
     @property
     def components(self) -> Components:
         """The parts, in the form in which files hold them."""
         config = self.scheduler_config
-        if read_scheduler_config(config) != (self.schedule, self.plan_defaults):
+        is_own = bool(self.plan_problem) and read_noise_schedule(config) == self.schedule
+        if not is_own and read_scheduler_config(config) != (self.schedule, self.plan_defaults):
             config = write_scheduler_config(self.schedule, self.plan_defaults)
         return Components(self.unet, self.vae, self.text_encoder, self.tokenizer, config, self.extra)
 
@@ -141,12 +171,16 @@ class DiffusionModel:
         return self.unet.dtype
 
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move every network to ``device`` and cast it to ``dtype``, either may be given first; returns self."""
+        """Move every network to ``device`` and cast it to ``dtype``, either may be given first; returns self.
+
+        A VAE whose configuration says ``force_upcast`` is float32 where the others are float16.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         device = None if device is None else find_device(device)
-        for module in (self.unet, self.vae, self.text_encoder):
+        for module in (self.unet, self.text_encoder):
             module.to(device=device, dtype=dtype)
+        self.vae.to(device=device, dtype=run_dtype(self.vae.config, dtype or self.vae.dtype))
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -167,22 +201,43 @@ class DiffusionModel:
 
         Raises CheckpointError for a file that holds none, or one with latents of another shape.
         """
-        vae = loading.load_vae(path, dtype=self.vae.dtype).to(self.vae.device)
-        own, new = ((v.config.latent_channels, v.config.factor) for v in (self.vae, vae))
-        if own != new:
+        own = self.unet.dtype if self.vae.config.force_upcast else self.vae.dtype
+        vae = loading.load_vae(path, dtype=own)
+        vae = vae.to(self.vae.device, run_dtype(vae.config, own))
+        had, new = ((v.config.latent_channels, v.config.factor) for v in (self.vae, vae))
+        if had != new:
             raise CheckpointError(
-                f"{path}: expected a VAE of {own[0]} latent channels and factor {own[1]}, found {new[0]} and {new[1]}"
+                f"{path}: expected a VAE of {had[0]} latent channels and factor {had[1]}, found {new[0]} and {new[1]}"
             )
         self.vae = vae
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
-        """Read learned vectors that stand for ``token`` (the file's own name for them when None) in prompts.
+        """Read learned vectors that stand for ``token`` in prompts, or where that is None for the file's own name for
+        them and for the name of the file.
 
         Returns the token. Raises CheckpointError for a file of another format or made for another text encoder.
         """
         found = load_textual_inversion(path, token, int(self.text_encoder.config.hidden_size))
-        self.textual_inversions[found.token] = found.vectors
+        self.add_textual_inversion(found)
         return found.token
+
+    def add_textual_inversion(self, inversion: TextualInversion) -> None:
+        """Let the words of a textual inversion stand for its vectors, with a warning where another had one of them.
+
+        The first pictures after this warn if none of the words is in their prompts; after that nothing is said again.
+        """
+        for trigger in inversion.triggers:
+            for known in [known for known in self.textual_inversions if _folded(known) == _folded(trigger)]:
+                before = self.textual_inversions.pop(known)
+                if before.shape != inversion.vectors.shape or not bool((before.cpu() == inversion.vectors.cpu()).all()):
+                    warnings.warn(f"embedding {trigger!r}: stands for other vectors from now on", stacklevel=3)
+            self.textual_inversions[trigger] = inversion.vectors
+        self.new_inversions.append(inversion.triggers)
+
+    def triggers_of(self, token: str) -> list[str]:
+        """The words that stand for the same vectors as this one."""
+        vectors = self.textual_inversions[token]
+        return [trigger for trigger, other in self.textual_inversions.items() if other is vectors]
 
     def make_plan(
         self,
@@ -195,10 +250,13 @@ class DiffusionModel:
     ) -> Plan:
         """Call ``sdkit.make_plan`` with this model's schedule; None stands for the model's own setting.
 
-        Another sampler than the model's takes its own solver, and the rest of the model's settings.
+        Another sampler than the model's takes its own solver, and the rest of the model's settings. Raises ConfigError
+        when the model's own sampler is asked for and its scheduler configuration names one that there is not.
         """
         own = self.plan_defaults
-        if sampler not in (None, own["sampler"]):
+        if self.plan_problem and sampler is None:
+            raise ConfigError(f"{self.plan_problem}; choose a sampler (sampler=, --sampler)")
+        if sampler not in (None, own.get("sampler")):
             solver = ("solver_order", "solver_type", "original_inference_steps")
             own = {name: value for name, value in own.items() if name not in solver}
 
@@ -212,7 +270,8 @@ class DiffusionModel:
     def running(self, networks: Sequence[ExtraNetwork] = ()) -> Generator[None]:
         """Put in force the kernels that this model was asked to use, and the extra networks that a prompt's tags name.
 
-        Raises ConfigError for a kind of tag that nobody registered in ``extra_networks``.
+        Raises ConfigError for a kind of tag that nobody registered in ``extra_networks``. Warns of adapters that are
+        loaded and do nothing.
         """
         kinds = {network.kind for network in networks}
         if unknown := sorted(kinds - self.extra_networks.keys()):
@@ -226,6 +285,27 @@ class DiffusionModel:
                 for kind in sorted(kinds):
                     named = [network for network in networks if network.kind == kind]
                     stack.enter_context(self.extra_networks[kind](named))
+                self._warn_of_idle_adapters()
                 yield
         except sdkernels.UnsupportedError as error:
             raise ConfigError(str(error)) from None
+
+    def _warn_of_idle_adapters(self) -> None:
+        """Warn of each adapter that is there for the first time and does nothing: its scale is 0, or it is disabled.
+
+        One that has once run, or was warned of, is switched off on purpose.
+        """
+        kinds = [kind for kind in adapter_kinds() if kind.name in self.adapter_kinds]
+        present = {
+            (kind.name, name): state for kind in kinds for name, state in kind.module.list_adapters(self).items()
+        }
+        for (kind, name), state in present.items():
+            if (kind, name) not in self.known_adapters and not (state.enabled and state.scale):
+                reason = "its scale is 0" if state.enabled else "it is disabled"
+                warnings.warn(f"{kind} {name!r}: loaded, but does nothing: {reason}", stacklevel=2)
+        self.known_adapters = set(present)
+
+
+def _folded(trigger: str) -> str:
+    """A trigger as it is looked for: whatever its case and white space."""
+    return " ".join(trigger.lower().split())

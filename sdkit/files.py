@@ -33,7 +33,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except OSError as error:
-        raise ConfigError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+        raise ConfigError(f"{file}: {one_line(error).lower()}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not JSON ({error})") from None
 
@@ -56,7 +56,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise SDKitError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise SDKitError(f"{path}: {one_line(error).lower()}") from None
 
 
 # Writing
@@ -76,7 +76,8 @@ def replacing(path: str | os.PathLike[str], error: type[SDKitError] = Checkpoint
     """
     target = Path(path).absolute()
     if not target.name or (target.exists() and not target.is_file()):
-        raise error(f"{path}: cannot be written (not a regular file)")
+        what = "a folder" if target.is_dir() else "what is not a regular file"
+        raise error(f"{path}: cannot be written ({what} is in the way, choose another name)")
 
     temporary = temporary_name(target)
     try:

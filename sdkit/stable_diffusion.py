@@ -18,7 +18,7 @@ from sdkit.generation.conditioning import Prompt
 from sdkit.generation.generate import Output, generate
 from sdkit.generation.options import Options, Settings
 from sdkit.generation.request import make_request
-from sdkit.generation.tasks import Hires, Task, depth_task, image_task, inpaint_task, text_task
+from sdkit.generation.tasks import Task, depth_task, image_task, inpaint_task, read_hires, text_task
 from sdkit.images.depth import DepthSource
 from sdkit.images.inputs import Pictures
 
@@ -39,7 +39,8 @@ class StableDiffusion(DiffusionModel):
     ) -> Output:
         """Make pictures of prompts.
 
-        prompt and negative_prompt: one or several, with A1111's weights and tags.
+        prompt and negative_prompt: one or several, with A1111's weights, tags and prompt editing (`sdkit.prompts`); the
+            prompt may join several by AND. An empty prompt is the unconditional one.
         hires_scale: enlarge the latents by this and work on them again as image_to_image does: large pictures with the
             composition of small ones. hires_strength, hires_steps, hires_upscaler as in `sdkit.Hires`.
         options: see `sdkit.generation.options.Settings`.
@@ -50,7 +51,7 @@ class StableDiffusion(DiffusionModel):
         Raises ConfigError for an argument without meaning, NumericalError for latents or pixels that are not finite.
         """
         settings = Settings(**options)
-        hires = None if hires_scale is None else Hires(hires_scale, hires_strength, hires_steps, hires_upscaler)
+        hires = read_hires(hires_scale, hires_strength, hires_steps, hires_upscaler)
         return self._run(text_task(self, settings, hires), prompt, negative_prompt, settings)
 
     def image_to_image(

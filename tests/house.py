@@ -31,7 +31,7 @@ FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("__main__",),
     ),
     "finetune": (
-        ("adapters", "seeds"),
+        ("adapters", "options", "seeds"),
         ("data", "hypernetwork", "textual_inversion", "training", "vae_decoder"),
         ("lora", "recipe"),
         (

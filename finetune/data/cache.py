@@ -30,7 +30,7 @@ from sdkit.prompts.encoding import encode_prompts
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-FORMAT = 1  # a part of every name: raise it when the meaning of a file's content changes
+FORMAT = 2  # a part of every name: raise it when the meaning of a file's content changes
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from finetune.hypernetwork.network import FACTS, Hypernetwork
 from sdkit.checkpoints.components import give_weights
-from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_pickle
+from sdkit.checkpoints.pickles import read_pickle
+from sdkit.checkpoints.tensors import existing_file, is_safetensors
 from sdkit.errors import CheckpointError, ConfigError, one_line
 
 _SETTINGS = (

@@ -120,8 +120,8 @@ def sample_sheet(vae: AutoencoderKL) -> Image.Image:
 
 def main(
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
-    steps: Annotated[int, typer.Option(help="Training steps of 16 pictures, the whole VAE.")] = 4200,
-    decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Training steps of 16 pictures, the whole VAE.", min=1)] = 4200,
+    decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.", min=1)] = 1500,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; the decoder alone: half.")] = 2e-3,
 ) -> None:
     """Train the VAE; a killed run goes on where it stopped."""

@@ -190,7 +190,7 @@ def write_towers(model: CLIPModel, folder: Path) -> None:
 
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, results.")] = Path("build/tabletop"),
-    steps: Annotated[int, typer.Option(help="Training steps of 128 pictures.")] = 800,
+    steps: Annotated[int, typer.Option(help="Training steps of 128 pictures.", min=1)] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""

@@ -271,8 +271,8 @@ def write_readme() -> None:
 
 def main(
     ways: Annotated[list[str] | None, typer.Argument(help="Names of ways, as in the table (default: all).")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds of the training (default: 0).")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = STEPS,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of the training (default: 0).", min=0)] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = STEPS,
     work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("build/compare"),
     every: Annotated[bool, typer.Option(help="Also measure what a run had learnt on its way.")] = True,
 ) -> None:

@@ -215,8 +215,8 @@ def draw_batch(images: Tensor, answers: dict[str, Tensor], step: int) -> tuple[T
 def main(
     work: Annotated[Path, typer.Option(help="Checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
-    pictures: Annotated[int, typer.Option(help="Renders to train on.")] = 8192,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 2000,
+    pictures: Annotated[int, typer.Option(help="Renders to train on.", min=1)] = 8192,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 2000,
 ) -> None:
     """Train the probe; a killed run goes on where it stopped."""
     torch.manual_seed(0)

@@ -156,9 +156,9 @@ def sheet(which: Cases, columns: dict[str, list[Image.Image]]) -> Image.Image:
 
 def main(
     model: Annotated[Path, typer.Argument(help="The model's folder, with its README.md.")] = MODELS / "tabletop",
-    count: Annotated[int, typer.Option(help="Cases.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 1000,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
+    count: Annotated[int, typer.Option(help="Cases.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.", min=0)] = 1000,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     out: Annotated[Path, typer.Option(help="Folder for inpaint.png and img2img.png.")] = Path("docs"),
 ) -> None:

@@ -197,9 +197,9 @@ def draw_grid(sd: StableDiffusion, guidance: float, steps: int) -> Image.Image:
 
 def main(
     model: Annotated[Path, typer.Argument(help="The model's folder, with its README.md.")] = MODELS / "tabletop",
-    seeds: Annotated[int, typer.Option(help="How many sampling seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(help="How many sampling seeds.", min=1)] = 3,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 30,
     card: Annotated[bool, typer.Option(help="Write the table and the grid into the model's README.md.")] = True,
 ) -> None:
     """Measure the model; with --card, write README.md's table, grid.png and results.json in its folder."""

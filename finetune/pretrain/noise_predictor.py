@@ -209,7 +209,7 @@ def main(
         "build/tabletop"
     ),
     init: Annotated[Path | None, typer.Option(help="A model of this kind to go on from; else from nothing.")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 13_600,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 13_600,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
 ) -> None:
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
@@ -230,7 +230,7 @@ def main(
         partial(draw_batch, pictures, latents, tokenizer, loss.anchor.config.max_position_embeddings),
         recipe,
         folder,
-        rate_factor=lambda name: 0.5 if name.startswith("text_encoder") else 1.0,
+        highest_rate=lambda name: learning_rate * (0.5 if name.startswith("text_encoder") else 1.0),
         validate=lambda: sample_sheet(loss, vae, tokenizer),
     )
 

@@ -194,7 +194,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures and checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
     init: Annotated[Path | None, typer.Option(help="A probe's weights to go on from; else from nothing.")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = 12_800,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 12_800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
 ) -> None:
     """Train the probe; a killed run goes on where it stopped."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from torch import nn
 
 from finetune.training.config import Scheduler, TrainConfig
 from finetune.training.loop import Trained, on_the_cpu, train
+from sdkit.checks import SHARE, Range
 
 SHEETS = "sheet-{step:06d}.png"
 
@@ -27,24 +28,25 @@ class Recipe(TrainConfig):
     """
 
     lr_scheduler: Scheduler = "cosine"
-    lr_warmup_steps: int = 200
-    adam_beta2: float = 0.99
+    lr_warmup_steps: Annotated[int, Range(0)] = 200
+    adam_beta2: Annotated[float, Range(0, 1, below=True)] = 0.99
     mixed_precision: Literal["no", "fp16", "bf16"] | None = "no"  # the losses decide; see `autocast`
-    checkpointing_steps: int = 100
-    checkpoints_total_limit: int = 1
-    validation_steps: int | None = 500
-    decay_from: float = 0.0
-    final_rate: float = 0.01
+    checkpointing_steps: Annotated[int, Range(1)] = 100
+    checkpoints_total_limit: Annotated[int, Range(1)] = 1
+    validation_steps: Annotated[int | None, Range(1)] = 500
+    decay_from: Annotated[float, SHARE] = 0.0
+    final_rate: Annotated[float, SHARE] = 0.01
 
-    def rate(self, step: int) -> float:
-        """The learning rate of step ``step`` (from 0), which is above 0 at every one."""
+    def rate(self, step: int, highest: float | None = None) -> float:
+        """The learning rate of step ``step`` (from 0), which is above 0 at every one; see `TrainConfig.rate`."""
+        top = self.learning_rate if highest is None else highest
         if step < self.lr_warmup_steps:
-            return self.learning_rate * ((step + 1) / self.lr_warmup_steps)
+            return top * ((step + 1) / self.lr_warmup_steps)
 
         start = self.decay_from * self.max_train_steps
         progress = max(0.0, (step - start) / max(1.0, self.max_train_steps - start))
         share = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * share
+        return top * share
 
 
 def autocast() -> AbstractContextManager[Any]:
@@ -58,11 +60,11 @@ def train_on_the_cpu(
     batches: Callable[[int], Any],
     recipe: Recipe,
     output: Path,
-    rate_factor: Callable[[str], float] = lambda name: 1.0,
+    highest_rate: Callable[[str], float] | None = None,
     validate: Callable[[], Image.Image] | None = None,
 ) -> Trained:
     """`finetune.training.loop.train` on the CPU; sheets lie in ``output`` as sheet-STEP.png."""
     with on_the_cpu(recipe) as accelerator:
         return train(
-            accelerator, loss, batches, recipe, output, rate_factor=rate_factor, validate=validate, sheets=SHEETS
+            accelerator, loss, batches, recipe, output, highest_rate=highest_rate, validate=validate, sheets=SHEETS
         )

@@ -2,7 +2,7 @@
 
 @dataclass(frozen=True)
 class TrainConfig:
-    max_train_steps: Annotated[int, "Optimizer steps."] = 1000
+    max_train_steps: Annotated[int, "Optimizer steps.", Range(1)] = 1000
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from sdkit.errors import ConfigError, SDKitError
+from finetune.options import declared
+from sdkit.errors import ConfigError, SDKitError, file_problem, one_line
 
 
 def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> typer.Typer:
     """A command line with a panel of options for each dataclass; ``run`` gets one instance of each, in order.
 
-    An option given on the command line wins over the file, the file over the default. An SDKitError ends the program
-    with status 1 and the error on stderr.
+    An option given on the command line wins over the file, the file over the default. An SDKitError, or one about a
+    file, ends the program with status 1 and the error on stderr in a line; Ctrl-C with status 130.
     """
     every = [(panel, kind, f) for panel, kind in panels.items() for f in fields(kind)]
     assert len({f.name for *_, f in every}) == len(every), "two dataclasses share an option's name"
@@ -37,8 +38,14 @@ def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> type
     def main(**values: Any) -> None:
         try:
             run(*(_instance(kind, values) for kind in panels.values()))
-        except SDKitError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except (SDKitError, OSError, RuntimeError) as error:
+            problem = str(error) if isinstance(error, SDKitError) else file_problem(error)
+            if problem is None:  # a bug of ours
+                raise
+            print(f"error: {problem}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     main.__doc__ = run.__doc__
@@ -68,7 +75,8 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _annotation(kind: type[Any], f: Field[Any], panel: str) -> Any:
-    hint, help = get_args(get_type_hints(kind, include_extras=True)[f.name])
+    option = declared(kind)[f.name]
+    hint, help = option.type, option.help if option.range is None else f"{option.help} A number {option.range}."
     if get_origin(hint) is tuple:  # typer repeats an option for a list
         hint = list[get_args(hint)[0]]
     return Annotated[hint, typer.Option(help=help, rich_help_panel=panel)]
@@ -98,7 +106,7 @@ def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
         if unknown:
             raise ConfigError(f"{path}: unknown options {', '.join(unknown)}")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise typer.BadParameter(f"{path}: cannot be read as TOML ({error})") from None
+        raise typer.BadParameter(f"{path}: cannot be read as TOML ({one_line(error)})") from None
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 

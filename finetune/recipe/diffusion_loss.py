@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import sdkernels
 from finetune.data.batches import Batch
 from finetune.data.cache import text_encoding
+from finetune.options import check_options
 from finetune.training.min_snr import min_snr_weight
-from sdkit.checks import check_positive
+from sdkit.checks import POSITIVE, Range, refuse_unread
 from sdkit.errors import ConfigError
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.sampling.schedule import NoiseSchedule
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 class LossConfig:
     """How the squared error of a noise predictor is weighted, and what noise it is shown."""
 
-    snr_gamma: Annotated[float | None, "Min-SNR weights (arXiv 2303.09556); the paper's gamma is 5."] = None
-    noise_offset: Annotated[float, "Add to each channel's noise a normal times this, for darker darks; about 0.05."] = (
-        0.0
-    )
+    snr_gamma: Annotated[float | None, "Min-SNR weights (arXiv 2303.09556); the paper's gamma is 5.", POSITIVE] = None
+    noise_offset: Annotated[
+        float, "Add to each channel's noise a normal times this, for darker darks; about 0.05.", Range(0)
+    ] = 0.0
     prior_target: Annotated[
         Literal["picture", "base"],
         "Pictures of --class-data teach what they show, as all pictures do, or what the untouched model makes of them, "
@@ -38,8 +39,7 @@ class LossConfig:
     ] = "picture"
 
     def __post_init__(self) -> None:
-        if self.snr_gamma is not None:
-            check_positive("snr_gamma", self.snr_gamma)
+        check_options(self)
 
 
 def draw_noise(
@@ -86,6 +86,10 @@ class DiffusionLoss(nn.Module):
             raise ConfigError("prior_target: expected picture, as what is trained here has no base beside it")
         if schedule.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
             raise ConfigError("prediction_type: epsilon has no meaning at zero terminal SNR; expected v_prediction")
+        if schedule.prediction_type == "epsilon" and (config.snr_gamma or 0) >= (most := float(schedule.snr(0))):
+            refuse_unread(
+                "snr_gamma", config.snr_gamma, None, f"from the schedule's largest SNR on, which is {most:.4g}"
+            )
 
         self.unet, self.context, self.schedule, self.config, self.base = unet, context, schedule, config, base
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone(), persistent=False)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from finetune.data.batches import TrainingData, describe
+from finetune.data.batches import TrainingData
+from finetune.data.describing import UNUSED, describe, every_unused
 from finetune.training.config import TrainConfig
 from finetune.training.history import History
 from finetune.training.memory import Memory, size
@@ -32,12 +33,23 @@ def summary(
     lines = {
         **about,
         "trained": f"{sum(p.numel() for p in trained):,} parameters in {len(trained)} tensors",
-        "pictures": f"{len(set(data.samples))}: {describe(data)}",
+        **describe(data),
         "steps": f"{config.max_train_steps} of {each} pictures, {epochs:.1f} epochs, {world} process(es)",
         "memory": f"about {memory} a process",
         "output": str(output),
     }
-    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+    shown = {name: value.replace("\n", "\n" + " " * 10) for name, value in lines.items()}
+    return "\n".join(f"{name:<9} {value}" for name, value in shown.items())
+
+
+def write_beginnings(output: Path, options: str, data: TrainingData) -> None:
+    """Write what stands before the first step: ``options``, the TOML file that makes the run again, and what of the
+    data is not used."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "config.toml", options)
+    (output / UNUSED).unlink(missing_ok=True)
+    if data.left_out:
+        write_text(output / UNUSED, every_unused(data))
 
 
 def report(output: Path, about: str, history: History, seconds: float, peak: int, files: Sequence[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -16,18 +18,24 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from finetune.data.batches import Batch, DataConfig, TrainingData, read_pictures
+from finetune.data.batches import Batch, TrainingData
 from finetune.data.cache import LatentCache, TextCache, weights_hash
-from finetune.data.folders import SUFFIXES
+from finetune.data.config import DataConfig
+from finetune.data.folders import check_apart, read_pictures
+from finetune.data.walking import walk
+from finetune.options import check_options, refuse_unread_options
 from finetune.recipe.command_line import to_toml
 from finetune.recipe.diffusion_loss import DiffusionLoss, LossConfig
-from finetune.recipe.report import report, summary
+from finetune.recipe.facts import data_facts, schedule_facts
+from finetune.recipe.report import report, summary, write_beginnings
 from finetune.training.config import TrainConfig
+from finetune.training.facts import content, options_as_facts
 from finetune.training.gradient_checkpointing import checkpoint_activations
 from finetune.training.loop import make_accelerator, train
 from finetune.training.memory import estimate_memory, peak_memory, saved_bytes
+from sdkit.checks import Range, refuse_unread
 from sdkit.errors import ConfigError
-from sdkit.files import replacing, write_text
+from sdkit.files import replacing
 from sdkit.images.sheet import contact_sheet
 from sdkit.networks.attention import Transformer2DModel
 from sdkit.networks.layers import ResnetBlock2D
@@ -37,8 +45,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NETWORKS = ("unet", "vae", "text_encoder")
 SEEN = 64  # pictures that a process shows to ``Student.prepare``
 RECOMPUTED = (ResnetBlock2D, Transformer2DModel)  # under gradient checkpointing
+WITHOUT_SHEETS = "without sample sheets (num_validation_images 0)"
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,11 @@ class ModelConfig:
 
     model: Annotated[str, "A model that ships with sdkit, a diffusers folder or a single file."] = "tabletop"
     output: Annotated[Path, "Folder for everything that the run writes."] = Path("out/run")
-    clip_skip: Annotated[int, "Last layers of the text encoder that are left out (A1111's number - 1)."] = 0
+    clip_skip: Annotated[int, "Last layers of the text encoder that are left out (A1111's number - 1).", Range(0)] = 0
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, slower."] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,23 @@ class SampleConfig:
     """The pictures that show what was learnt."""
 
     validation_prompt: Annotated[tuple[str, ...], "A prompt of the sample sheets (default: some captions)."] = ()
-    num_validation_images: Annotated[int, "How many captions are taken where no prompt is given; 0: no sheets."] = 4
-    num_inference_steps: Annotated[int, "Sampling steps."] = 20
-    guidance_scale: Annotated[float, "How hard the prompt pulls."] = 5.0
+    num_validation_images: Annotated[
+        int, "How many captions are taken where no prompt is given; 0: no sheets.", Range(0)
+    ] = 4
+    num_inference_steps: Annotated[int, "Sampling steps.", Range(1)] = 20
+    guidance_scale: Annotated[float, "How hard the prompt pulls.", Range(0)] = 5.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.validation_prompt:
+            refuse_unread_options(self, ("num_validation_images",), "beside validation_prompt")
+        if not self.shows:
+            refuse_unread_options(self, ("num_inference_steps", "guidance_scale"), WITHOUT_SHEETS)
+
+    @property
+    def shows(self) -> bool:
+        """Whether there are sample sheets."""
+        return bool(self.validation_prompt) or self.num_validation_images > 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +107,8 @@ class Student:
     """Applied to every batch."""
     show: Callable[[], None] = lambda: None
     """Called before sample sheets are drawn."""
-    rate_factor: Callable[[str], float] = lambda name: 1.0
-    """The factor on a parameter's learning rate, by the name that it has in `DiffusionLoss`."""
+    highest_rate: Callable[[str], float] | None = None
+    """A parameter's highest learning rate, by the name that it has in `DiffusionLoss`; None: the settings'."""
     base: Callable[[], AbstractContextManager[nn.Module]] | None = None
     """A block in which the model is as before training; it gives the UNet (see `DiffusionLoss`); None: none."""
     about: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -97,13 +124,18 @@ def teach(
     config: TrainConfig,
     sampling: SampleConfig,
     dtypes: Mapping[str, torch.dtype] = DTYPES,
+    last_caption: str | None = None,
 ) -> None:
     """Load the model, ``adapt`` it as ``options`` say (a dataclass), train what it returns, and write all about it.
 
-    dtypes: of the networks, by accelerate's mixed_precision. Raises ConfigError and CheckpointError before it starts.
+    dtypes: of the networks, by accelerate's mixed_precision. last_caption: of pictures that would have none, not even
+    their folder's name. Raises ConfigError and CheckpointError before it starts.
     """
     if loss_config.prior_target == "base" and data_config.class_data is None:
         raise ConfigError("prior_target: expected a class_data with base, the pictures that it is asked about")
+
+    if not sampling.shows:
+        refuse_unread("validation_steps", config.validation_steps, None, WITHOUT_SHEETS)
 
     accelerator = make_accelerator(config)
     if loss_config.prior_target == "base" and accelerator.is_fsdp2:  # which waits until all processes ask
@@ -112,15 +144,11 @@ def teach(
     sd = StableDiffusion.load(model.model, accelerator.device, dtypes[accelerator.mixed_precision])
     with accelerator.main_process_first():
         make_class_pictures(sd, data_config)
-    data = training_data(sd, data_config, config.seed, accelerator)
+    data = training_data(sd, data_config, config.seed, accelerator, last_caption)
 
-    identity = {
-        "data": data.fingerprint,
-        "options": str(options),
-        "loss": str(loss_config),
-        "clip_skip": str(model.clip_skip),
-    }
-    identity |= {name: weights_hash(getattr(sd, name)) for name in ("unet", "vae", "text_encoder")}
+    facts = data_facts(data) | options_as_facts(options) | options_as_facts(loss_config) | schedule_facts(sd.schedule)
+    facts["clip_skip"] = model.clip_skip
+    facts |= {f"the model's {name}": content(weights_hash(getattr(sd, name))) for name in NETWORKS}
 
     torch.manual_seed(config.seed)
     student = adapt(sd, data)
@@ -147,8 +175,8 @@ def teach(
     about = _summary(sd, loss, student, data, config, model, accelerator.num_processes)
     if accelerator.is_main_process:
         print(about, flush=True)
-        model.output.mkdir(parents=True, exist_ok=True)
-        write_text(model.output / "config.toml", to_toml(model, options, data_config, loss_config, config, sampling))
+        every = to_toml(model, options, data_config, loss_config, config, sampling)
+        write_beginnings(model.output, every, data)
     if model.gradient_checkpointing:
         checkpoint_activations(sd.unet, RECOMPUTED)
 
@@ -160,8 +188,8 @@ def teach(
         batches,
         config,
         model.output,
-        identity=identity,
-        rate_factor=student.rate_factor,
+        facts=facts,
+        highest_rate=student.highest_rate,
         export=student.export,
         validate=partial(sample_sheet, sd, student, prompts, sampling, model.clip_skip) if prompts else None,
     )
@@ -172,26 +200,33 @@ def teach(
 
 
 def make_class_pictures(sd: StableDiffusion, config: DataConfig) -> None:
-    """Draw pictures of the class prompt until the class folder holds as many as were asked for."""
+    """Draw pictures of the class prompt until the class folder holds as many as were asked for; none is replaced."""
     if config.class_data is None or not config.num_class_images:
         return
 
+    check_apart(config.data, config.class_data)
     config.class_data.mkdir(parents=True, exist_ok=True)
-    there = sum(file.suffix.lower() in SUFFIXES for file in config.class_data.rglob("*"))
-    for index in tqdm(range(there, config.num_class_images), desc="class pictures"):
-        picture = sd.text_to_image(config.class_prompt, seed=index, progress=False).images[0]
-        with replacing(config.class_data / f"class-{index:05d}.png") as temporary:
+    missing = config.num_class_images - len(walk(config.class_data).pictures)
+    files = ((n, config.class_data / f"class-{n:05d}.png") for n in count())
+    free = ((n, file) for n, file in files if not os.path.lexists(file))
+    for n, file in tqdm(list(islice(free, max(0, missing))), desc="class pictures"):
+        picture = sd.text_to_image(config.class_prompt, seed=n, progress=False).images[0]
+        with replacing(file) as temporary:
             picture.save(temporary, "PNG")
 
 
-def training_data(sd: StableDiffusion, config: DataConfig, seed: int, accelerator: Accelerator) -> TrainingData:
-    """The pictures in buckets that suit the model. Raises ConfigError that lists all that is wrong with them."""
+def training_data(
+    sd: StableDiffusion, config: DataConfig, seed: int, accelerator: Accelerator, last_caption: str | None = None
+) -> TrainingData:
+    """The pictures in buckets that suit the model. Raises ConfigError that lists all that is wrong with them.
+
+    last_caption: of pictures that would have none, not even their folder's name.
+    """
     factor, own = sd.vae.config.factor, sd.unet.config.sample_size or 64
     resolution = config.resolution or factor * (own if isinstance(own, int) else max(own))
     step = factor * 2 ** (len(sd.unet.config.block_out_channels) - 1)  # so that every level halves evenly
-    return TrainingData(
-        read_pictures(config), config, resolution, step, seed, accelerator.process_index, accelerator.num_processes
-    )
+    found, rank, world = read_pictures(config, last_caption), accelerator.process_index, accelerator.num_processes
+    return TrainingData(found.pictures, config, resolution, step, seed, rank, world, found.left_out)
 
 
 def fill_caches(latents: LatentCache, text: object, data: TrainingData, accelerator: Accelerator) -> None:

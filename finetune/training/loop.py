@@ -6,14 +6,16 @@ Nothing random is carried from step to step: batch ``n`` and the dropout of micr
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +26,11 @@ from tqdm import tqdm
 from finetune.seeds import seed_of
 from finetune.training.averaging import MovingAverage
 from finetune.training.config import TrainConfig
+from finetune.training.facts import Facts
 from finetune.training.history import Board, History
 from finetune.training.memory import peak_memory, size
 from finetune.training.run_state import RunState
+from finetune.training.stopping import StopRequest, TrainingStopped
 from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,8 +95,8 @@ def train(
     config: TrainConfig,
     output: Path,
     *,
-    identity: Mapping[str, str] | None = None,
-    rate_factor: Callable[[str], float] = lambda name: 1.0,
+    facts: Facts | None = None,
+    highest_rate: Callable[[str], float] | None = None,
     export: Callable[[Path], None] | None = None,
     validate: Callable[[], Image.Image] | None = None,
     sheets: str = SHEETS,
@@ -104,35 +108,50 @@ def train(
         one batch ahead.
     output: gets ``checkpoint-STEP`` folders, sheets and ``tensorboard``. A run that finds a checkpoint goes on from
         there, bit for bit as if it had never stopped (on one or two processes, with deterministic kernels).
-    identity: what else the course of the run depends on, such as the data's fingerprint; a state of another is refused.
-    rate_factor: a factor on the learning rate of the parameter of that name.
+    facts: what else the course of the run depends on, such as the pictures (`finetune.training.facts`); a state with
+        others is refused by the names of what has changed.
+    highest_rate: the highest learning rate of the parameter of that name, above 0; the settings' by default.
     export(folder): writes the trained weights (their moving average, if there is one) for use; called on the main
         process for every checkpoint.
     validate(): a sample sheet, drawn with these weights, also on the main process; before, on the way and after.
     sheets: the sheets' path below ``output``, made by ``str.format`` from ``step``.
 
     Gradients of several processes are averaged: with the same global batch the run is that of one process, up to
-    rounding. Raises ConfigError, CheckpointError for a state of another run, NumericalError when a loss is not finite.
+    rounding. Ctrl-C and SIGTERM let the step in hand end, save a state and raise TrainingStopped. Raises ConfigError,
+    CheckpointError for a state of another run, NumericalError when a loss is not finite.
     """
     if validate is not None and accelerator.is_fsdp2:
         raise ConfigError("training: no sample sheets under FSDP, where no process has all weights; leave them out")
 
-    run = RunState(accelerator, loss, config, output, identity or {}, rate_factor, export)
+    run = RunState(accelerator, loss, config, output, facts or {}, highest_rate, export)
     run.resume()
     with (
         closing(_one_ahead(batches, run.step * config.gradient_accumulation_steps)) as micro_batches,
         Board(output, sheets, config.report_to, run.step, accelerator.is_main_process) as board,
+        StopRequest(accelerator) as stop,
     ):
-        _go_on(run, micro_batches, board, validate)
+        signal = _go_on(run, micro_batches, board, validate, stop)
+
+    if signal:
+        if accelerator.is_main_process:
+            print(_how_to_resume(run, signal), file=sys.stderr, flush=True)
+        raise TrainingStopped(signal)
 
     accelerator.wait_for_everyone()
     return Trained(run.history, run.average)
 
 
 def _go_on(
-    run: RunState, micro_batches: Iterator[tuple[int, Any]], board: Board, validate: Callable[[], Image.Image] | None
-) -> None:
-    """All the steps that are left, with a progress bar and all that is written on the way."""
+    run: RunState,
+    micro_batches: Iterator[tuple[int, Any]],
+    board: Board,
+    validate: Callable[[], Image.Image] | None,
+    stop: StopRequest,
+) -> int:
+    """All the steps that are left, with a progress bar and all that is written on the way.
+
+    Returns the signal after which it has stopped, 0 for none.
+    """
     config, accelerator = run.config, run.accelerator
     started, first = time.monotonic(), run.step
     with tqdm(
@@ -145,15 +164,26 @@ def _go_on(
             _step(run, micro_batches)
             bar.update()
 
-            if run.due(config.logging_steps) or run.due(config.checkpointing_steps):
+            signal = stop.number()
+            if signal or run.due(config.logging_steps) or run.due(config.checkpointing_steps):
                 board.losses(run.history.collect(accelerator))
                 speed = (run.step - first) / (time.monotonic() - started)
                 memory = size(peak_memory(accelerator.device))
                 bar.set_postfix_str(f"loss {run.history.recent():.4f}, {speed:.2f} steps/s, {memory}")
             if validate is not None and run.due(config.validation_steps or config.max_train_steps):
                 board.sheet(run.step, run.show(validate))
-            if run.due(config.checkpointing_steps):
+            if signal or run.due(config.checkpointing_steps):
                 run.save()
+            if signal:
+                return signal
+    return 0
+
+
+def _how_to_resume(run: RunState, number: int) -> str:
+    """A line for the user who has stopped the run by this signal."""
+    done = f"stopped by {Signals(number).name} after step {run.step} of {run.config.max_train_steps}"
+    again = "the same command" if run.config.resume else "the same command with --resume in place of --no-resume"
+    return f"{done}, saved in {run.output / f'checkpoint-{run.step}'}: {again} goes on from there"
 
 
 def _step(run: RunState, micro_batches: Iterator[tuple[int, Any]]) -> None:

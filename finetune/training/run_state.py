@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from finetune.training.averaging import MovingAverage, full_tensor, in_place_of
 from finetune.training.config import TrainConfig
+from finetune.training.facts import FORMAT, SHOWN, Facts, check_same_run, options_as_facts
 from finetune.training.history import History, Row
-from finetune.training.states import load_state, remove_states, save_state, saved_states
-from sdkit.errors import CheckpointError, ConfigError
+from finetune.training.states import newest_state, remove_states, save_state, saved_states, set_aside
+from sdkit.checks import POSITIVE, check_range
+from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +37,7 @@ COSMETIC = (
 class RunState:
     """The number of steps done, weights, optimizer, moving average and losses.
 
-    accelerator, loss, config, output, rate_factor, export: as for `finetune.training.loop.train`. ``identity`` is what
+    accelerator, loss, config, output, highest_rate, export: as for `finetune.training.loop.train`. ``facts`` are what
     the run depends on beside the settings.
     """
 
@@ -45,16 +47,19 @@ class RunState:
         loss: nn.Module,
         config: TrainConfig,
         output: Path,
-        identity: Mapping[str, str],
-        rate_factor: Callable[[str], float],
+        facts: Facts,
+        highest_rate: Callable[[str], float] | None,
         export: Callable[[Path], None] | None,
     ) -> None:
         self.accelerator, self.config, self.output, self.export = accelerator, config, output, export
         self.step, self.history = 0, History()
-        self.identity = _identity(config, accelerator) | dict(identity)
+        self.facts = _facts(config, accelerator) | dict(facts)
+        self._looked_for_gradients = False
 
+        groups = _groups(loss, highest_rate or (lambda name: config.learning_rate))
+        self.highest_rate = config.learning_rate or max(group["highest"] for group in groups)
         optimizer = torch.optim.AdamW(
-            _groups(loss, rate_factor),
+            groups,
             config.learning_rate,
             (config.adam_beta1, config.adam_beta2),
             config.adam_epsilon,
@@ -72,14 +77,20 @@ class RunState:
         return self.step % every == 0 or self.step == self.config.max_train_steps
 
     def set_rate(self) -> float:
-        """Set this step's learning rate and return it."""
-        rate = self.config.rate(self.step)
+        """Set this step's learning rates and return that of the settings, or where it is 0 the highest."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        return rate
+            group["lr"] = self.config.rate(self.step, group["highest"])
+        return self.config.rate(self.step, self.highest_rate)
 
     def update(self) -> Tensor:
-        """Clip the gradients, change the weights and their average; returns the gradients' norm before clipping."""
+        """Clip the gradients, change the weights and their average; returns the gradients' norm before clipping.
+
+        Raises ConfigError at the first step that names parameters without a gradient: they would never train.
+        """
+        if not self._looked_for_gradients:
+            _check_gradients(self.parameters)
+            self._looked_for_gradients = True
+
         largest = self.config.max_grad_norm or math.inf
         # accelerate recognises a sharded module by the list of all its parameters.
         norm: Any = self.accelerator.clip_grad_norm_(list(self.module.parameters()), largest)
@@ -117,8 +128,9 @@ class RunState:
 
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
+            "format": FORMAT,
             "step": self.step,
-            "identity": self.identity,
+            "facts": self.facts,
             "weights": weights,
             "optimizer": moments,
             "average": average,
@@ -132,24 +144,36 @@ class RunState:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one; under ``resume=False`` delete them all instead."""
+        """Go on from the newest checkpoint, if there is one; under ``resume=False`` delete them all instead.
+
+        One that is damaged is set aside, with a warning, and the one before it is the newest. Raises CheckpointError
+        where all are, or the newest is of another run.
+        """
         states = saved_states(self.output)
         self.accelerator.wait_for_everyone()
 
         if self.config.resume:
             if states:
-                self._load(states[-1])
+                self._load(states)
             return
 
         if self.accelerator.is_main_process:
             remove_states(self.output)
         self.accelerator.wait_for_everyone()
 
-    @torch.no_grad()
-    def _load(self, folder: Path) -> None:
-        state = load_state(folder)
-        _check_identity(folder, state["identity"], self.identity)
+    def _load(self, states: list[Path]) -> None:
+        folder, state, damaged = newest_state(states)
+        check_same_run(folder, state, self.facts, self.parameters, self.config.max_train_steps)
+        self._take(state)
 
+        self.accelerator.wait_for_everyone()  # until all have looked
+        if damaged and self.accelerator.is_main_process:
+            aside = [set_aside(path) for path in states[-len(damaged) :]]
+            problems = "; ".join(map(str, damaged))
+            warnings.warn(f"{problems}; kept as {', '.join(map(str, aside))}, going on from {folder}", stacklevel=2)
+
+    @torch.no_grad()
+    def _take(self, state: Mapping[str, Any]) -> None:
         for name, p in self.parameters.items():
             p.copy_(_placed_like(state["weights"][name], p))
             moments = state["optimizer"][name].items()
@@ -162,33 +186,38 @@ class RunState:
         self.step, self.history = state["step"], History([Row(*row) for row in state["history"]])
 
 
-def _groups(loss: nn.Module, factor: Callable[[str], float]) -> list[dict[str, Any]]:
-    """The optimizer's groups: parameters that require a gradient, by their factor on the learning rate."""
-    named = [(name, p) for name, p in loss.named_parameters() if p.requires_grad]
+def _groups(loss: nn.Module, highest_rate: Callable[[str], float]) -> list[dict[str, Any]]:
+    """The optimizer's groups: parameters that require a gradient, by their highest learning rate."""
+    named = {name: p for name, p in loss.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigError("training: no parameter requires a gradient")
-    for name, p in named:
+
+    rates = {name: highest_rate(name) for name in named}
+    for name, p in named.items():
         if p.dtype != torch.float32:
             raise ConfigError(f"training: expected float32 for what is trained, found {p.dtype} in {name}")
+        check_range(f"learning_rate (of {name})", rates[name], POSITIVE)
 
-    factors = sorted({factor(name) for name, _ in named})
-    return [{"params": [p for name, p in named if factor(name) == f], "factor": f} for f in factors]
+    return [
+        {"params": [p for name, p in named.items() if rates[name] == rate], "highest": rate}
+        for rate in sorted(set(rates.values()))
+    ]
 
 
-def _identity(config: TrainConfig, accelerator: Accelerator) -> dict[str, str]:
+def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
+    if without := [name for name, p in parameters.items() if p.grad is None]:
+        names = ", ".join(without[:SHOWN]) + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
+        raise ConfigError(
+            f"training: {len(without)} of {len(parameters)} trained parameters have no gradient, as the loss does not "
+            f"depend on them: {names}; leave them out"
+        )
+
+
+def _facts(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     """The settings that the weights after a given number of steps depend on."""
-    fields = {name: value for name, value in asdict(config).items() if name not in COSMETIC}
-    if config.lr_scheduler == "constant":
-        del fields["max_train_steps"]  # such a run can go on for longer
-    fields |= {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
-    return {name: str(value) for name, value in fields.items()}
-
-
-def _check_identity(folder: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-    if names:
-        differences = ", ".join(f"{name} {found.get(name)}, not {expected.get(name)}" for name in names)
-        raise CheckpointError(f"{folder}: of a run with {differences}; choose another output folder, or --no-resume")
+    extendable = config.lr_scheduler == "constant"  # such a run can go on for longer
+    facts = options_as_facts(config, without=[*COSMETIC, *(["max_train_steps"] if extendable else [])])
+    return facts | {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
 
 
 def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:

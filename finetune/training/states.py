@@ -11,9 +11,12 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,8 +24,15 @@ from sdkit.errors import CheckpointError, one_line
 from sdkit.files import new_folder
 
 STATE = "state.pt"
+_DAMAGE = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\..+\.tmp")  # the names that `new_folder` and `_remove` give meanwhile
+
+
+class DamagedState(CheckpointError):
+    """A state whose file is not what was written."""
 
 
 def saved_states(output: Path) -> list[Path]:
@@ -62,11 +72,48 @@ def save_state(
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint folder, on the CPU. Raises CheckpointError when it cannot be read."""
+    """The state in a checkpoint folder, on the CPU, every bit as it was written.
+
+    Raises DamagedState for a file that is not, CheckpointError when it may not be read.
+    """
+    file = folder / STATE
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder / STATE}: not a state of a training run ({one_line(error)})") from None
+        with zipfile.ZipFile(file) as archive:  # torch writes checksums, and does not look at them
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{file}: cannot be read ({one_line(error)})") from None
+    except _DAMAGE as error:
+        raise DamagedState(f"{file}: not a state of a training run ({one_line(error)})") from None
+
+    if damaged is not None:
+        raise DamagedState(f"{file}: damaged (the checksum of {damaged} is another)")
+    if not isinstance(state, dict):
+        raise DamagedState(f"{file}: not a state of a training run (it holds a {type(state).__name__})")
+    return cast("dict[str, Any]", state)
+
+
+def newest_state(states: Sequence[Path]) -> tuple[Path, dict[str, Any], list[DamagedState]]:
+    """The newest state that is not damaged, of ``states`` from oldest to newest: its folder, and what is in it; and
+    what is wrong with those after it.
+
+    Raises DamagedState where all are damaged, CheckpointError where one may not be read.
+    """
+    damaged: list[DamagedState] = []
+    for folder in reversed(states):
+        try:
+            return folder, load_state(folder), damaged
+        except DamagedState as error:
+            damaged.append(error)
+    raise DamagedState(f"{'; '.join(map(str, damaged))}; no other state is left, --no-resume begins anew")
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged state a name that no run takes for a state's, so that it is neither counted nor deleted."""
+    names = (folder.with_name(f"damaged-{folder.name}{'-' * bool(n)}{n or ''}") for n in count())
+    target = next(name for name in names if not name.exists())
+    os.replace(folder, target)
+    return target
 
 
 def remove_states(output: Path) -> None:

@@ -7,7 +7,7 @@ beside it for who wants sharper pictures (VQGAN, arXiv 2012.09841).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from finetune.options import check_options, refuse_unread_options
 from finetune.vae_decoder.perceptual import LPIPS, ms_ssim
-from sdkit.checks import check_count, check_number
+from sdkit.checks import POSITIVE, Range
 from sdkit.errors import ConfigError
 from sdkit.networks.vae import AutoencoderKL
 
@@ -30,24 +31,25 @@ class DecoderLossConfig:
 
     reconstruction: Annotated[Literal["l1", "mse"], "Error of pixels in [-1, 1]: absolute or squared."] = "mse"
     perceptual_weight: Annotated[
-        float, "Of the perceptual term: LPIPS if its weights are given, else 1 - multi-scale SSIM; 0: none."
+        float, "Of the perceptual term: LPIPS if its weights are given, else 1 - multi-scale SSIM; 0: none.", Range(0)
     ] = 0.1
     lpips_vgg: Annotated[Path | None, "torchvision's weights of VGG16 (vgg16-397923af.pth)."] = None
     lpips_weights: Annotated[Path | None, "LPIPS' own weights (weights/v0.1/vgg.pth in its package)."] = None
-    discriminator_weight: Annotated[float, "Of the adversarial term, times its adaptive weight; 0: none."] = 0.0
+    discriminator_weight: Annotated[float, "Of the adversarial term, times its adaptive weight; 0: none.", Range(0)] = (
+        0.0
+    )
     discriminator_start: Annotated[
-        int, "The step from which it counts for the decoder; the discriminator learns from the first."
+        int, "The step from which it counts for the decoder; the discriminator learns from the first.", Range(0)
     ] = 0
-    discriminator_channels: Annotated[int, "Width of its first layer."] = 64
-    discriminator_layers: Annotated[int, "Layers that halve the picture."] = 3
-    discriminator_lr: Annotated[float | None, "Its learning rate (default: the decoder's)."] = None
+    discriminator_channels: Annotated[int, "Width of its first layer.", Range(1)] = 64
+    discriminator_layers: Annotated[int, "Layers that halve the picture.", Range(1)] = 3
+    discriminator_lr: Annotated[float | None, "Its learning rate (default: the decoder's).", POSITIVE] = None
 
     def __post_init__(self) -> None:
-        check_number("perceptual_weight", self.perceptual_weight, 0)
-        check_number("discriminator_weight", self.discriminator_weight, 0)
-        check_count("discriminator_start", self.discriminator_start, 0)
-        check_count("discriminator_channels", self.discriminator_channels)
-        check_count("discriminator_layers", self.discriminator_layers)
+        check_options(self)
+        if not self.discriminator_weight:
+            names = [f.name for f in fields(self) if f.name.startswith("discriminator_")]
+            refuse_unread_options(self, names, "without discriminator_weight")
 
         if (self.lpips_vgg is None) != (self.lpips_weights is None):
             raise ConfigError("lpips_vgg, lpips_weights: LPIPS needs both, expected none or both")
@@ -55,12 +57,13 @@ class DecoderLossConfig:
 
 @dataclass(frozen=True)
 class DecoderBatch:
-    """Latents [B, C, h, w] in the noise predictor's scale, the pictures [B, 3, H, W] in [-1, 1] that they are of, and
-    the optimizer step, from 0, that the batch is for."""
+    """Latents [B, C, h, w] in the noise predictor's scale, the pictures [B, 3, H, W] in [-1, 1] that they are of, the
+    optimizer step, from 0, that the batch is for, and the weights [B] of each picture's loss (None: 1)."""
 
     latents: Tensor
     pixels: Tensor
     step: int
+    weights: Tensor | None = None
 
 
 class PatchDiscriminator(nn.Module):
@@ -121,25 +124,27 @@ class DecoderLoss(nn.Module):
         made = self.vae.decode(latents / self.vae.config.scaling_factor)
         with torch.autocast(pixels.device.type, enabled=False):  # errors are small numbers
             made = made.float()
-            value = self.reconstruction(made, pixels)
+            weights = made.new_ones(len(made)) if batch.weights is None else batch.weights.to(made)
+            value = self.reconstruction(made, pixels, weights)
 
         if self.discriminator is None:
             return value
 
-        total = value + _gradient_only(discriminator_loss(self.discriminator, pixels, made))
+        total = value + _gradient_only(discriminator_loss(self.discriminator, pixels, made, weights))
         if batch.step >= self.config.discriminator_start:
-            adversarial = generator_loss(self.discriminator, made)
+            adversarial = generator_loss(self.discriminator, made, weights)
             total = total + _gradient_only(self.adaptive_weight(value, adversarial) * adversarial)
 
         return total
 
-    def reconstruction(self, made: Tensor, pixels: Tensor) -> Tensor:
+    def reconstruction(self, made: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
         """The loss without a discriminator."""
-        error = F.mse_loss(made, pixels) if self.config.reconstruction == "mse" else F.l1_loss(made, pixels)
+        difference = made - pixels
+        error = _mean(difference.square() if self.config.reconstruction == "mse" else difference.abs(), weights)
         if not self.config.perceptual_weight:
             return error
         distance = 1 - ms_ssim(made, pixels) if self.lpips is None else self.lpips(made, pixels)
-        return error + self.config.perceptual_weight * distance.mean()
+        return error + self.config.perceptual_weight * _mean(distance, weights)
 
     def adaptive_weight(self, value: Tensor, adversarial: Tensor) -> Tensor:
         """The weight at which both losses have gradients of one norm at the last layer (VQGAN, equation 7), times
@@ -150,17 +155,22 @@ class DecoderLoss(nn.Module):
         return self.config.discriminator_weight * ratio.clamp(max=LARGEST_WEIGHT).detach()
 
 
-def discriminator_loss(discriminator: nn.Module, real: Tensor, made: Tensor) -> Tensor:
+def discriminator_loss(discriminator: nn.Module, real: Tensor, made: Tensor, weights: Tensor) -> Tensor:
     """The hinge loss of telling real from made pictures; the decoder that made them gets no gradient."""
     on_real, on_made = discriminator(torch.cat([real, made.detach()])).float().chunk(2)
-    return (F.relu(1 - on_real).mean() + F.relu(1 + on_made).mean()) / 2
+    return (_mean(F.relu(1 - on_real), weights) + _mean(F.relu(1 + on_made), weights)) / 2
 
 
-def generator_loss(discriminator: nn.Module, made: Tensor) -> Tensor:
+def generator_loss(discriminator: nn.Module, made: Tensor, weights: Tensor) -> Tensor:
     """Less the more real the pictures look to the discriminator, which gets no gradient."""
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits: Any = functional_call(discriminator, fixed, (made,))
-    return -logits.float().mean()
+    return -_mean(logits.float(), weights)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean over pictures of weight [B] * mean of the picture's values [B, ...]."""
+    return (values.reshape(len(values), -1).mean(1) * weights).mean()
 
 
 def _gradient_only(loss: Tensor) -> Tensor:

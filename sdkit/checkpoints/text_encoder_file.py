@@ -12,7 +12,7 @@ from sdkit.checkpoints.components import build_text, give_text_weights
 from sdkit.checkpoints.diffusers_folder import load_weights
 from sdkit.checkpoints.evidence import own_configs
 from sdkit.checkpoints.inspection import inspect_file
-from sdkit.checkpoints.key_maps import TEXT, take_text
+from sdkit.checkpoints.key_maps import TEXT, leftovers, take_text
 from sdkit.checkpoints.presets import read_preset
 from sdkit.checkpoints.tensors import read_state
 from sdkit.errors import CheckpointError
@@ -52,7 +52,9 @@ def _load_file(path: Path, dtype: torch.dtype | None) -> CLIPTextModel:
 
     own = own_configs(metadata, where, "text_encoder") if state else None
     model = build_text(own["text_encoder"] if own else _config_for(state, path), where)
-    return give_text_weights(model, take_text(state, text_state_dict(model), where), where)
+    weights = take_text(state, text_state_dict(model), where)
+    leftovers(state, where, model.config.num_hidden_layers)
+    return give_text_weights(model, weights, where)
 
 
 def _config_for(state: dict[str, Tensor], path: Path) -> dict[str, Any]:

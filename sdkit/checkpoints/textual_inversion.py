@@ -14,26 +14,37 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_pickle, read_state, write_pickle, write_state
+from sdkit.checkpoints.pickles import read_pickle
+from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_state, write_pickle, write_state
 from sdkit.errors import CheckpointError, ConfigError, NumericalError
 
 _OTHER_ENCODERS = {"clip_l", "clip_g", "t5xxl"}
+GENERIC = {"*", "<*>", "emb_params", "string_to_param", "string_to_token", "placeholder", "<placeholder>", "embedding"}
+"""What files call their vectors without meaning a word of a prompt."""
 _A1111_KEYS = {"string_to_token", "string_to_param", "name", "step", "sd_checkpoint", "sd_checkpoint_name", "hash"}
 
 
 @dataclass(frozen=True, eq=False)
 class TextualInversion:
-    """The word ``token`` in a prompt stands for ``vectors`` [n, D], D the width of the text encoder."""
+    """The word ``token`` in a prompt, and each of ``aliases``, stands for ``vectors`` [n, D], D the width of the text
+    encoder."""
 
     token: str
     vectors: Tensor
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """All words that stand for the vectors."""
+        return self.token, *self.aliases
 
 
 def load_textual_inversion(path: str | Path, token: str | None = None, width: int | None = None) -> TextualInversion:
     """Read an embedding: diffusers' {token: [n, D] or [D]}, or A1111's, each as a pickle or as safetensors.
 
-    The trigger is ``token`` if given; else what the file calls it: the key (diffusers) or ``name`` (A1111's .pt); else,
-    as always in A1111 itself, the file's own name without its suffix. ``width`` is that of the text encoder that it is
+    The trigger is ``token`` if given. Else there are two: what the file calls it, which is the key (diffusers) or
+    ``name`` (A1111's .pt), and as in A1111 itself the file's own name without its suffix; that one alone where the file
+    has no name for it, or a `GENERIC` one. ``width`` is that of the text encoder that it is
     for: 768 for SD1, 1024 for SD2. The vectors keep the file's dtype, on the CPU.
     Raises CheckpointError when the file is missing, damaged, of another kind, of another width, holds code or keys
     that are not understood, or values that are not finite.
@@ -49,7 +60,12 @@ def load_textual_inversion(path: str | Path, token: str | None = None, width: in
         raise CheckpointError(f"{path}: {vectors.shape[1]} wide, the text encoder takes {width} (SD1 768, SD2 1024)")
     if not bool(vectors.isfinite().all()):
         raise CheckpointError(f"{path}: the vectors are not finite")
-    return TextualInversion(_trigger(name if token is None else token), vectors)
+    if token is not None:
+        return TextualInversion(_trigger(token), vectors)
+
+    found, own = _trigger(name), path.stem.strip()
+    differs = own and " ".join(own.lower().split()) != " ".join(found.lower().split())
+    return TextualInversion(found, vectors, (own,) if differs else ())
 
 
 def save_textual_inversion(inversion: TextualInversion, path: str | Path) -> None:
@@ -109,8 +125,9 @@ def _only_entry(path: Path, content: Mapping[Any, Any]) -> tuple[str, Any]:
         raise CheckpointError(f"{path}: expected the vectors of one word, found {found}")
 
     ((key, value),) = cast("Mapping[Any, Any]", entries).items()
-    name: Any = content.get("name") if is_a1111 else None if key == "emb_params" else key
-    return (name if isinstance(name, str) and name.strip() else path.stem), value
+    name: Any = content.get("name") if is_a1111 else key
+    is_word = isinstance(name, str) and name.strip() and name.strip().lower() not in GENERIC
+    return (name if is_word else path.stem), value
 
 
 def _write_a1111(token: str, vectors: Tensor, path: Path) -> None:

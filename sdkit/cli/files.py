@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,18 @@ import typer
 
 from sdkit.adapter_kinds import AdapterKind, adapter_kinds
 from sdkit.cli.models import ModelParts, load_model
-from sdkit.cli.options import DtypeOption, PredictionOption, find_dtype
+from sdkit.cli.options import (
+    DtypeOption,
+    PredictionOption,
+    TextEncoderOption,
+    VaeOption,
+    ZeroSnrOption,
+    find_dtype,
+)
 from sdkit.cli.output import check_writable
 from sdkit.errors import CheckpointError, ConfigError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def convert(
@@ -21,8 +31,12 @@ def convert(
     target: Annotated[Path, typer.Argument(help="NAME.safetensors for a single file, another name for a folder.")],
     dtype: DtypeOption = None,
     prediction: PredictionOption = None,
+    zero_snr: ZeroSnrOption = None,
+    vae: VaeOption = None,
+    text_encoder: TextEncoderOption = None,
     adapter_format: Annotated[
-        str | None, typer.Option("--format", help="Rewrite a LoRA: diffusers, peft (a folder) or kohya.")
+        str | None,
+        typer.Option("--format", help="Rewrite a LoRA: diffusers, peft (a folder) or kohya (with --dtype: as it is)."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model that the LoRA is for, where that is not Stable Diffusion 1 or 2.")
@@ -30,7 +44,10 @@ def convert(
 ) -> None:
     """Convert a model or a VAE between diffusers' folder layout and a single file, or a LoRA between its formats."""
     from sdkit.checkpoints.inspection import inspect_file
-    from sdkit.checkpoints.loading import FORMATS, SUFFIXES, VAE_FORMATS, format_of, save
+    from sdkit.checkpoints.loading import FORMATS, SUFFIXES, VAE_FORMATS, format_of, load, save
+
+    options = {"prediction_type": prediction, "zero_snr": zero_snr, "vae": vae, "text_encoder": text_encoder}
+    given = {name: value for name, value in options.items() if value is not None}
 
     suffix = target.suffix.lower()
     if suffix in SUFFIXES[1:]:
@@ -39,25 +56,41 @@ def convert(
         raise ConfigError(f"{target}: already exists")
     check_writable(target, is_folder=suffix != ".safetensors")
 
+    if adapter_format is None and dtype is not None:
+        adapter_format = _own_format(str(inspect_file(source)["kind"]))
     if adapter_format is not None:
+        _refuse(given, f"only for models; {source} becomes {adapter_format}")
         sd = None if model is None else load_model(ModelParts(model), "cpu", None, None)
-        _kind_of(adapter_format).module.convert(source, target, adapter_format, sd)
+        _kind_of(adapter_format).module.convert(source, target, adapter_format, sd, find_dtype(dtype))
         print(f"{target}  as {adapter_format}")
         return
 
     kind = str(inspect_file(source)["kind"])
-    options: dict[str, Any] = {"dtype": find_dtype(dtype)}
+    if model is not None:
+        raise ConfigError(f"--model: only for adapters that are rewritten by --format; {source} is a {kind}")
     chosen = format_of(source, (*FORMATS, *VAE_FORMATS))
-    if prediction is not None:
-        if chosen is None or "prediction_type" not in chosen.options:
-            raise ConfigError(f"--prediction: only for single files of a model; {source} is a {kind}")
-        options["prediction_type"] = prediction
     if chosen is None:
         hint = " (--format converts LoRAs)" if "LoRA" in kind else ""
         raise CheckpointError(f"{source}: expected a Stable Diffusion model or a VAE, found {kind}{hint}")
 
-    save(chosen.load(source, **options), target)
+    where = "single files of a model" if chosen in FORMATS else "models"
+    _refuse({n: v for n, v in given.items() if n not in chosen.options}, f"only for {where}; {source} is a {kind}")
+    what = load if chosen in FORMATS else chosen.load
+    save(what(source, dtype=find_dtype(dtype), **given), target)
     print(f"{target}  from {kind}")
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    """Raise ConfigError for options of `convert` that were given and would do nothing."""
+    for name in given:
+        flag = name.removesuffix("_type").replace("_", "-")
+        raise ConfigError(f"--{flag}: {why}")
+
+
+def _own_format(kind: str) -> str | None:
+    """The format of an adapter's file by what `inspect_file` calls it; None for another file, or another format."""
+    known = [name for adapter in adapter_kinds() if kind in adapter.files for name in adapter.formats]
+    return next((name for name in known if kind.endswith(f"({name})")), None)
 
 
 def _kind_of(adapter_format: str) -> AdapterKind:
@@ -69,21 +102,30 @@ def _kind_of(adapter_format: str) -> AdapterKind:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, VAE, LoRA, diffusers folder, or a PNG of ours.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint, VAE, LoRA, diffusers folder, or a picture by us, A1111 or ComfyUI.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What is this file: kind, version, shapes."""
     if not file.exists():
         raise CheckpointError(f"{file}: no such file or folder")
 
-    if file.suffix.lower() == ".png":
-        from sdkit.generation.png import read_parameters
+    if file.suffix.lower() in PICTURES:
+        from sdkit.generation.png import read_foreign, read_parameters
 
-        facts: dict[str, Any] = {"kind": "picture", **read_parameters(file)}
+        if (foreign := read_foreign(file)) is None:
+            facts: dict[str, Any] = {"kind": "picture", **read_parameters(file)}
+        else:
+            facts = {"kind": f"picture by {foreign.program}", **foreign.facts, "not followed": dict(foreign.rest)}
     else:
         from sdkit.checkpoints.inspection import inspect_file
+        from sdkit.checkpoints.textual_inversion import load_textual_inversion
 
         facts = inspect_file(file)
+        if facts["kind"] == "textual inversion":
+            with suppress(CheckpointError):
+                facts["in prompts"] = list(load_textual_inversion(file).triggers)
     print(json.dumps(facts, indent=2, default=str) if as_json else "\n".join(_table(facts)))
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
 from sdkit.cli.files import convert, inspect
-from sdkit.cli.options import picture_command
+from sdkit.cli.options import picture_command, with_adapters
 from sdkit.cli.pictures import make_pictures, reproduce
-from sdkit.errors import SDKitError
+from sdkit.errors import SDKitError, file_problem
 from sdkit.generation.options import TASKS
 from sdkit.version import __version__
 
@@ -24,6 +25,7 @@ from sdkit.version import __version__
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (``sys.argv`` by default) and exit: 0, 1 error, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = _warning_line
     try:
         status = make_app()(args=arguments or ["--help"], prog_name="sdkit", standalone_mode=False)
     except KeyboardInterrupt:
@@ -48,7 +50,7 @@ def make_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for task in TASKS.values():
         app.command()(picture_command(task, make_pictures))
-    for command in (reproduce, convert, inspect):
+    for command in (with_adapters(reproduce), convert, inspect):
         app.command()(command)
     return app
 
@@ -58,13 +60,20 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         print(f"sdkit {__version__}")
 
 
+def _warning_line(message: Warning | str, *_where: object, **_more: object) -> str:
+    """A warning in one line, without the place in our code."""
+    return f"sdkit: warning: {' '.join(str(message).split())}\n"
+
+
 def _explain(error: Exception) -> tuple[str | None, int]:
     """The message and exit status for an error of the user's; no message for a bug of ours."""
     usage_message = getattr(error, "format_message", None)  # the parser's own errors
     if usage_message is not None:
         return usage_message() + " (see sdkit --help)", 2
-    if isinstance(error, SDKitError | OSError):
+    if isinstance(error, SDKitError):
         return str(error) or type(error).__name__, 1
+    if (problem := file_problem(error)) is not None:
+        return problem, 1
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error)):
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return f"not enough memory: use a smaller --width, --height or --num{detail}", 1

@@ -28,27 +28,33 @@ class ModelParts:
     vae: str | None = None
     adapters: Mapping[str, list[str]] = field(default_factory=dict[str, list[str]])
     embedding: list[str] = field(default_factory=list[str])
+    zero_snr: bool | None = None
+    text_encoder: str | None = None
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> ModelParts:
         """Read the parts from a picture's metadata."""
         adapters = {kind.name: facts[kind.name] for kind in adapter_kinds() if kind.name in facts}
-        return cls(facts["model"], facts.get("prediction"), facts.get("vae"), adapters, facts.get("embedding", []))
+        own = (facts.get("prediction"), facts.get("vae"), adapters, facts.get("embedding", []))
+        return cls(facts["model"], *own, facts.get("zero_snr"), facts.get("text_encoder"))
 
     @staticmethod
     def names() -> set[str]:
         """The keys that `facts` may hold."""
-        return {"model", "prediction", "vae", "embedding", "files", *(kind.name for kind in adapter_kinds())}
+        own = {"model", "prediction", "vae", "embedding", "zero_snr", "text_encoder", "files"}
+        return own | {kind.name for kind in adapter_kinds()}
+
+    def given(self) -> dict[str, Any]:
+        """The parts that were given, as `facts` has them."""
+        found = {"model": self.model, "prediction": self.prediction, "vae": self.vae, **self.adapters}
+        found |= {"embedding": self.embedding or None, "zero_snr": self.zero_snr, "text_encoder": self.text_encoder}
+        return {name: value for name, value in found.items() if value not in (None, [])}
 
     def facts(self) -> dict[str, Any]:
         """The parts that were given, and the SHA-256 of every file but the model's, which may be large."""
-        found = {"model": self.model, "prediction": self.prediction, "vae": self.vae, **self.adapters}
-        facts = {name: value for name, value in (found | {"embedding": self.embedding}).items() if value}
-
         files = [file_and_weight(text)[0] for texts in self.adapters.values() for text in texts] + self.embedding
-        if self.vae is not None and Path(self.vae).is_file():
-            files.append(self.vae)
-        return facts | ({"files": {file: file_hash(file) for file in files}} if files else {})
+        files += [file for file in (self.vae, self.text_encoder) if file is not None and Path(file).is_file()]
+        return self.given() | ({"files": {file: file_hash(file) for file in files}} if files else {})
 
 
 def load_model(parts: ModelParts, device: str | None, dtype: Precision | None, backend: str | None) -> StableDiffusion:
@@ -57,21 +63,24 @@ def load_model(parts: ModelParts, device: str | None, dtype: Precision | None, b
     from sdkit.devices import find_device
     from sdkit.stable_diffusion import StableDiffusion
 
-    if parts.prediction is not None and not is_single_file(parts.model):
-        raise ConfigError(f"--prediction: only for single files; {parts.model} says it itself")
+    for option, value in (("prediction", parts.prediction), ("zero-snr", parts.zero_snr)):
+        if value is not None and not is_single_file(parts.model):
+            raise ConfigError(f"--{option}: only for single files; {parts.model} says it itself")
     sd = StableDiffusion.load(
         parts.model,
         device=None if device is None else find_device(device),
         dtype=find_dtype(dtype),
         backend=backend,
         prediction_type=parts.prediction,
+        zero_snr=parts.zero_snr,
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
     )
 
-    if parts.vae is not None:
-        sd.load_vae(parts.vae)
     for kind in adapter_kinds():
         for file, weight in map(file_and_weight, parts.adapters.get(kind.name, [])):
             kind.module.load(sd, file, weight)
     for file in parts.embedding:
-        sd.load_textual_inversion(file)
+        token = sd.load_textual_inversion(file)
+        print(f"{file}  in prompts: {', '.join(sd.triggers_of(token))}")
     return sd

@@ -6,6 +6,7 @@ are the model's own options, and those of the files that are written.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -43,6 +44,13 @@ PredictionOption = Annotated[
     str | None,
     _option("What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample.", "Model"),
 ]
+ZeroSnrOption = Annotated[
+    bool | None,
+    _option("Whether a single file's noise schedule ends at zero SNR.", "Model", "--zero-snr/--no-zero-snr"),
+]
+TextEncoderOption = Annotated[
+    Path | None, _option("Another text encoder: a file, a folder, or that of a whole model.", "Model")
+]
 ProgressOption = Annotated[bool, _option("Show a progress bar.", "Output")]
 PromptArgument = Annotated[str, typer.Argument(help="What the picture shows.")]
 NegativeOption = Annotated[str | None, _option("What the picture must not show.")]
@@ -67,6 +75,8 @@ class ModelOptions:
     dtype: DtypeOption = None
     backend: BackendOption = None
     prediction: PredictionOption = None
+    zero_snr: ZeroSnrOption = None
+    text_encoder: TextEncoderOption = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +123,7 @@ def picture_command(task: TaskKind, run: Callable[[Given], None]) -> Callable[..
             annotation = Annotated[_command_line_type(types[name]), _declared(declared, types[name])]
             parameters[flag] = _parameter(flag, annotation, defaults[name])
 
-    for kind in adapter_kinds():
-        annotation = Annotated[list[str], _option("FILE or FILE:WEIGHT, once for each.", "Model")]
-        parameters[kind.name] = _parameter(kind.name, annotation, [])
+    parameters |= _adapter_parameters()
     for group in (ModelOptions, OutputOptions):
         hints, values = get_type_hints(group, include_extras=True), vars(group())
         parameters |= {n: _parameter(n, hints[n], list(v) if v == () else v) for n, v in values.items()}
@@ -134,6 +142,28 @@ def picture_command(task: TaskKind, run: Callable[[Given], None]) -> Callable[..
     return command
 
 
+def with_adapters(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with an option for each kind of adapters, which it gets together in its argument ``adapters``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = {name: parameter for name, parameter in signature.parameters.items() if name != "adapters"}
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        adapters = {kind.name: list(values.pop(kind.name)) for kind in adapter_kinds()}
+        command(**values, adapters={name: texts for name, texts in adapters.items() if texts})
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.values()]
+    parameters += _adapter_parameters().values()
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def _adapter_parameters() -> dict[str, inspect.Parameter]:
+    annotation = Annotated[list[str], _option("FILE or FILE:WEIGHT, once for each.", "Model")]
+    return {kind.name: _parameter(kind.name, annotation, []) for kind in adapter_kinds()}
+
+
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -147,9 +177,12 @@ def _declared(declared: Option, kind: Any = None) -> Any:
     """A declaration as typer takes it."""
     both = (f"--{declared.flag}/--no-{declared.flag}",) if kind == bool | None else ()
     whole = kind in (int, int | None)  # numbers with fractions are checked by the task, which names the argument
-    limits = {"min": declared.low, "max": declared.high} if whole else {}
-    given = {name: limit for name, limit in limits.items() if limit is not None}
-    return _option(declared.help, declared.panel, *both, **given)
+    limits: dict[str, float] = {}
+    if whole and declared.range is not None:
+        limits = {"min": declared.range.low, "max": declared.range.high}
+    given = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+    shown = "" if given or declared.range is None else f" A number {declared.range}."
+    return _option(declared.help + shown, declared.panel, *both, **given)
 
 
 def _types_of_settings() -> dict[str, Any]:

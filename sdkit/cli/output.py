@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkit.errors import ConfigError
+from sdkit.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from sdkit.generation.generate import Output
@@ -57,7 +57,7 @@ def check_writable(path: Path, is_folder: bool) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = "no such folder" if not folder.exists() else (error.strerror or str(error)).lower()
+        reason = "no such folder" if not folder.exists() else one_line(error).lower()
         raise ConfigError(f"{path}: cannot be written: {folder}: {reason}") from None
 
 

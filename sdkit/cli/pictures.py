@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdkit.cli.models import ModelParts, load_model
-from sdkit.cli.options import BackendOption, DeviceOption, Given, Precision, ProgressOption
+from sdkit.cli.options import (
+    BackendOption,
+    DeviceOption,
+    EmbeddingOption,
+    Given,
+    Precision,
+    PredictionOption,
+    ProgressOption,
+    TextEncoderOption,
+    VaeOption,
+    ZeroSnrOption,
+)
 from sdkit.cli.output import Watch, destinations, write_pictures
 from sdkit.errors import SDKitError
 
@@ -32,6 +43,8 @@ def make_pictures(given: Given) -> None:
         None if given.model.vae is None else str(given.model.vae),
         given.adapters,
         [str(file) for file in given.model.embedding],
+        given.model.zero_snr,
+        None if given.model.text_encoder is None else str(given.model.text_encoder),
     )
 
     asked, steps = arguments.pop("preview_every"), arguments["num_inference_steps"]
@@ -48,18 +61,36 @@ def make_pictures(given: Given) -> None:
 
 
 def reproduce(
-    picture: Annotated[Path, typer.Argument(help="A PNG written by sdkit.")],
+    picture: Annotated[Path, typer.Argument(help="A PNG written by sdkit, or a picture by A1111 or ComfyUI.")],
     out: Annotated[str, typer.Argument(help="A .png file or a folder.")],
     model: Annotated[str | None, typer.Option(help="The model, where the metadata's name does not find it.")] = None,
+    vae: VaeOption = None,
+    text_encoder: TextEncoderOption = None,
+    embedding: EmbeddingOption = (),  # type: ignore[assignment]  # typer gives a list
+    prediction: PredictionOption = None,
+    zero_snr: ZeroSnrOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
     progress: ProgressOption = True,
+    adapters: Mapping[str, list[str]] = {},  # `with_adapters` makes options of it
 ) -> None:
-    """Make a picture again from the metadata of its PNG. The files that it was made from have to be as they were."""
-    from sdkit.generation.png import read_parameters
+    """Make a picture again from its metadata. The files that it was made from have to be as they were.
+
+    A picture by A1111 or ComfyUI is drawn from what its metadata says as far as that has a meaning here, with --model
+    and the files that are given; what is not followed is listed.
+    """
     from sdkit.generation.provenance import arguments_of
 
-    facts = read_parameters(picture) | ({} if model is None else {"model": model})
+    parts = ModelParts(
+        model or "",
+        prediction,
+        None if vae is None else str(vae),
+        adapters,
+        [str(file) for file in embedding],
+        zero_snr,
+        None if text_encoder is None else str(text_encoder),
+    )
+    facts = _facts(picture, {name: value for name, value in parts.given().items() if value != ""})
     task, arguments = arguments_of(facts, str(picture))
     if not isinstance(facts.get("model"), str):
         raise SDKitError(f"{picture}: the metadata names no model: give --model")
@@ -70,6 +101,29 @@ def reproduce(
     dtype = Precision(facts["dtype"]) if facts.get("dtype") in list(Precision) else None
     sd = load_model(parts, device, dtype, backend)
     _make(sd, task, arguments, paths, parts, Watch(progress=progress))
+
+
+def _facts(picture: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture says of how it was made, but for what is ``given``; lists on stderr what is not followed."""
+    from sdkit.generation.png import read_foreign, read_parameters
+
+    foreign = read_foreign(picture)
+    if foreign is None:
+        facts = {**read_parameters(picture), **given}
+        went_in = dict(facts.pop("adapters", {})) | {"embedding": facts.pop("triggers", [])}
+        for kind, names in went_in.items():
+            if names and kind not in facts:
+                raise SDKitError(
+                    f"{picture}: made with {kind} {', '.join(names)}, of which no file is known: give --{kind}"
+                )
+        return facts
+    if "model" not in given:
+        called = f", called {foreign.model}," if foreign.model else ""
+        raise SDKitError(f"{picture}: made by {foreign.program}: give its model{called} by --model")
+
+    for name, value in foreign.rest.items():
+        print(f"{picture}: not followed: {name}: {value}", file=sys.stderr)
+    return {**foreign.facts, **given}
 
 
 def _make(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdkit.errors import NumericalError
-from sdkit.generation.conditioning import Conditioning, encode
+from sdkit.generation.conditioning import Conditioning, Look, Looks, encode
 from sdkit.generation.noise import given_latents
 from sdkit.generation.provenance import facts_of
 from sdkit.generation.request import Request
@@ -22,10 +21,10 @@ from sdkit.generation.tasks import Hires
 from sdkit.images.depth import depth_channel
 from sdkit.images.masks import feather, sampled, touched
 from sdkit.images.pixels import to_pil
-from sdkit.networks.unet import ContextKeyValues
-from sdkit.networks.vae import choose_tile, decode_latents
+from sdkit.networks.vae import decode_latents, encode_pictures
+from sdkit.sampling.guidance import compose
 from sdkit.sampling.plan import Plan, denoise
-from sdkit.viewing.attention_maps import AttentionMaps, Word, prompt_words, record_attention
+from sdkit.viewing.attention_maps import AttentionMaps, AttentionRecorder, Word, prompt_words, record_attention
 from sdkit.viewing.previews import Preview, Previewer
 
 
@@ -57,12 +56,13 @@ def generate(request: Request) -> Output:
     """
     model, settings = request.model, request.settings
     with model.running(request.prompts.networks):
-        conditioning = _condition(request)
-        recorder = record_attention(model.unet, request.batch) if settings.attention_maps else nullcontext()
+        conditioning = encode(request.prompts, settings, model, request.stages)
+        each = max(map(len, conditioning.texts))  # texts of an image, one where its prompt is the same in all steps
+        recorder = record_attention(model.unet, request.batch * each) if settings.attention_maps else nullcontext()
         bar = tqdm(total=request.calls, disable=not settings.progress, leave=False)
 
         with recorder as record, bar:
-            run = Run(request, conditioning, bar)
+            run = Run(request, conditioning, bar, record)
             latents = run.first_stage()
             if request.task.hires is not None and not run.stopped:
                 latents = run.second_stage(request.task.hires, latents)
@@ -72,7 +72,7 @@ def generate(request: Request) -> Output:
     if settings.output_type == "pil":
         images = to_pil(images)
         for i, image in enumerate(images):
-            image.info.update(facts_of(request, i))
+            image.info.update(facts_of(request, i, altered=run.altered))
     elif settings.output_type == "pt":
         images = (images / 2 + 0.5).clamp(0, 1)
 
@@ -82,20 +82,13 @@ def generate(request: Request) -> Output:
         seeds=request.noise.seeds if settings.latents is None else [],
         num_steps_run=sum(plan.num_steps for plan in request.plans) * run.calls // max(1, request.calls),
         previews=run.previews,
-        attention_maps=None if record is None else record.maps(_words(request)),
+        attention_maps=None if record is None else record.maps(_words(request, conditioning, each)).joined(each),
     )
 
 
-def _condition(request: Request) -> Conditioning:
-    """The prompts' hidden states, a row for each image, in the UNet's dtype."""
-    found = encode(request.prompts, request.settings, request.model)
-    dtype = request.model.dtype
-    return Conditioning(*(None if c is None else request.spread(c.to(dtype), "prompt_embeds") for c in found))
-
-
-def _words(request: Request) -> list[list[Word]]:
-    """For each image the words of its prompt."""
-    model, texts = request.model, request.prompts.texts or [""] * request.prompts.count
+def _words(request: Request, conditioning: Conditioning, each: int) -> list[list[Word]]:
+    """For each image the words of its prompt's texts, ``each`` lists for it."""
+    model = request.model
     length = min(int(model.tokenizer.model_max_length), int(model.text_encoder.config.max_position_embeddings))
     words_of = partial(
         prompt_words,
@@ -105,22 +98,24 @@ def _words(request: Request) -> list[list[Word]]:
         max_length=length,
     )
 
-    words = [words_of(text) for text in texts]
-    return [words[row] for row in request.rows(len(words), "prompt")]
+    words = [[words_of(text) for text in texts] + [[]] * (each - len(texts)) for texts in conditioning.texts]
+    return [own for row in request.rows(len(words), "prompt") for own in words[row]]
 
 
 class Run:
     """The stages of one request, and what they share: batch splitting, the progress bar, previews and callback."""
 
-    def __init__(self, request: Request, conditioning: Conditioning, bar: Any) -> None:
-        self.request, self.conditioning, self.bar = request, conditioning, bar
+    def __init__(
+        self, request: Request, conditioning: Conditioning, bar: Any, recorder: AttentionRecorder | None = None
+    ) -> None:
+        self.request, self.conditioning, self.bar, self.recorder = request, conditioning, bar, recorder
         settings, vae = request.settings, request.model.vae
         self.unet_splitter = BatchSplitter(settings.max_batch_size, fixed=settings.attention_maps)
         self.vae_splitter = BatchSplitter(settings.max_batch_size)
         self.previewer = Previewer(vae, settings.preview_every, settings.preview_mode)
         self.previews: list[Preview] = []
         self.calls = 0  # of the network, so far
-        self.stopped = False  # by the callback
+        self.stopped = self.altered = False  # by the callback
 
     # Latents
 
@@ -141,14 +136,14 @@ class Run:
         if blends and clean is not None and task.mask is not None:
             cells = touched(task.mask, (initial.shape[2], initial.shape[3]))
             kept = KeptRegion(clean, initial, request.spread(cells.to(request.dtype), "mask_image"))
-        return self.denoise(plan, plan.start(initial, clean), extra, kept)
+        return self.denoise(0, plan.start(initial, clean), extra, kept)
 
     def second_stage(self, hires: Hires, latents: Tensor) -> Tensor:
         """Enlarge the latents and work on them again; the noise goes on where the first stage left off."""
         request, plan = self.request, self.request.plans[1]
         clean = hires.enlarge(latents)
         request.noise.shape = (request.batch, clean.shape[1], clean.shape[2], clean.shape[3])
-        return self.denoise(plan, plan.start(request.noise.draw().to(request.dtype), clean))
+        return self.denoise(1, plan.start(request.noise.draw().to(request.dtype), clean))
 
     def initial_noise(self) -> Tensor:
         """A standard normal [B, C, h, w]: drawn, or the user's own."""
@@ -160,18 +155,14 @@ class Run:
     def encode(self, pictures: Tensor, sample: bool = True) -> Tensor:
         """Encode pictures [N, 3, H, W] in [-1, 1] to latents [B, C, h, w]: a sample of the posterior, or its mean."""
         request, vae = self.request, self.request.model.vae
-        tile = choose_tile(vae, pictures.shape[2], pictures.shape[3], request.settings.vae_tiling)
-        posteriors = self.vae_splitter.run(
-            lambda part: vae.encode(pictures[part].to(vae.device, vae.dtype), tile), len(pictures)
-        )
+        tiling = request.settings.vae_tiling
+        parts = self.vae_splitter.run(lambda part: encode_pictures(vae, pictures[part], tiling), len(pictures))
 
-        latents = request.spread(torch.cat([p.mean for p in posteriors]).to(request.dtype), "image")
+        mean, std = (torch.cat(values).to(request.dtype) for values in zip(*parts, strict=True))
+        latents = request.spread(mean, "image")
         if sample:
-            std = request.spread(torch.cat([p.std for p in posteriors]).to(request.dtype), "image")
-            latents = latents + std * request.spread(request.noise.draw_for_pictures(len(pictures)), "image")
-
-        if not bool(latents.isfinite().all()):
-            raise NumericalError(f"VAE encoder: latents are not finite in {vae.dtype}".replace("torch.", ""))
+            noise = request.noise.draw_for_pictures(len(pictures))
+            latents = latents + request.spread(std, "image") * request.spread(noise, "image")
         return latents * vae.config.scaling_factor
 
     def extra_channels(self) -> Tensor | None:
@@ -189,9 +180,10 @@ class Run:
 
     # The loop
 
-    def denoise(self, plan: Plan, first: Tensor, extra: Tensor | None = None, kept: KeptRegion | None = None) -> Tensor:
-        """Run one plan from its first latents; returns the last."""
-        predict = Predictor(self.request, plan, self.conditioning, extra, self.unet_splitter)
+    def denoise(self, stage: int, first: Tensor, extra: Tensor | None = None, kept: KeptRegion | None = None) -> Tensor:
+        """Run the plan of one stage from its first latents; returns the last."""
+        plan = self.request.plans[stage]
+        predict = Predictor(self.request, stage, self.conditioning, extra, self.unet_splitter, self.recorder)
         on_step = partial(self.on_step, _levels_after(plan), kept)
         return denoise(plan, predict, first, self.request.noise.draw, self.request.settings.guidance, on_step)
 
@@ -219,8 +211,10 @@ class Run:
             return new
         answer = callback(self.request.model, step, t, {"latents": latents if new is None else new})
         if isinstance(answer, dict):
+            self.altered |= "latents" in answer
             return answer.get("latents", new)
         self.stopped = answer == "stop"
+        self.altered |= answer is not None
         return new if answer is None else answer
 
     # Pixels
@@ -231,8 +225,6 @@ class Run:
         tiling = request.settings.vae_tiling
         parts = self.vae_splitter.run(lambda part: decode_latents(vae, latents[part], tiling), request.batch)
         pixels = torch.cat(parts)
-        if not bool(pixels.isfinite().all()):
-            raise NumericalError("VAE decoder: pixels are not finite")
         if task.picture is None or task.mask is None:
             return pixels
 
@@ -264,50 +256,66 @@ def _levels_after(plan: Plan) -> list[list[float]]:
 
 
 class Predictor:
-    """Makes the network calls of the loop; everything that does not depend on the latent is computed once, here.
+    """Makes the network calls of a stage; everything that does not depend on the latent is computed once.
 
-    extra [B, C, h, w]: channels that the UNet sees beside the latents.
+    extra [B, C, h, w]: channels that the UNet sees beside the latents. recorder: of attention maps, if they are asked
+    for; it is told which row of a batch is whose.
     """
 
     def __init__(
         self,
         request: Request,
-        plan: Plan,
+        stage: int,
         conditioning: Conditioning,
         extra: Tensor | None,
         splitter: BatchSplitter,
+        recorder: AttentionRecorder | None = None,
     ) -> None:
-        model = request.model
+        model, plan = request.model, request.plans[stage]
         self.unet, self.dtype, self.plan, self.splitter = model.unet, model.dtype, plan, splitter
-        self.conditioning = conditioning
+        self.conditioning, self.recorder = conditioning, recorder
         self.extra = None if extra is None else extra.to(self.dtype)
-        self.guidance = request.settings.guidance.at_levels(plan.levels)
+        self.guidance, self.steps = request.settings.guidance.at_levels(plan.levels), plan.steps
         self.times = self.unet.time_projections(plan.timesteps.to(model.device, torch.float32))
-        self._projected: dict[tuple[bool, bool, int, int], ContextKeyValues] = {}
+        self.uncond = _of_images(request, conditioning.uncond, stage, "negative_prompt_embeds")
+        self.cond = _of_images(request, conditioning.cond, stage, "prompt_embeds")
 
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
         """Call k's (unconditional, conditional) predictions for its input x [B, C, h, w], None where not needed."""
-        needs = (self.guidance[k].needs_uncond, self.guidance[k].needs_cond)
-        parts = self.splitter.run(lambda part: self._part(x, k, needs, part), len(x))
-        halves = iter(torch.cat(parts, dim=1))
-        return (next(halves) if needs[0] else None), (next(halves) if needs[1] else None)
+        now, step = self.guidance[k], self.steps[k]
+        cond = self.cond[step] if now.needs_cond else []
+        uncond = self.uncond[step] if now.needs_uncond or (cond and self.conditioning.is_partial) else []
+        parts = self.splitter.run(lambda part: self._part(x, k, uncond[part], cond[part], part), len(x))
 
-    def _part(self, x: Tensor, k: int, needs: tuple[bool, bool], part: slice) -> Tensor:
-        """Both predictions of a part of the batch in one call: [1 or 2, images, C, h, w]."""
+        of_uncond, of_cond = (torch.cat(half) for half in zip(*parts, strict=True))
+        prediction = compose(of_uncond if uncond else None, of_cond, [look.weights for look in cond]) if cond else None
+        return (of_uncond if now.needs_uncond else None), prediction
+
+    def _part(self, x: Tensor, k: int, uncond: list[Look], cond: list[Look], part: slice) -> tuple[Tensor, Tensor]:
+        """The predictions of a part of the batch, in one call: one for each of its unconditional rows, and one for each
+        of its conditional ones."""
         inputs = x[part].to(self.dtype)
         if self.extra is not None:
             inputs = torch.cat([inputs, self.extra[part]], dim=1)
-        time = [projection[k : k + 1] for projection in self.times]
-        context = self._context_kv(needs, part.start, part.stop)
-        both = self.unet(torch.cat([inputs] * sum(needs)), self.plan.timesteps[k], None, context, time)
-        return both.unflatten(0, (sum(needs), -1))
+        owners = [i for half in (uncond, cond) for i, look in enumerate(half) for _ in look.rows]
+        rows = tuple(row for look in (*uncond, *cond) for row in look.rows)
+        if self.recorder is not None:
+            self.recorder.places = self._places(uncond, cond)
 
-    def _context_kv(self, needs: tuple[bool, bool], first: int, last: int) -> ContextKeyValues:
-        """The keys and values of the prompts of images ``first`` to ``last``, computed when they are first needed."""
-        key = (*needs, first, last)
-        if key not in self._projected:
-            rows = [
-                c[first:last] for c, needed in zip(self.conditioning, needs, strict=True) if needed and c is not None
-            ]
-            self._projected[key] = self.unet.context_kv(torch.cat(rows))
-        return self._projected[key]
+        time = [projection[k : k + 1] for projection in self.times]
+        context = self.conditioning.key_values(self.unet, rows)
+        both = self.unet(inputs[owners], self.plan.timesteps[k], None, context, time)
+        return both[: len(uncond)], both[len(uncond) :]
+
+    def _places(self, uncond: list[Look], cond: list[Look]) -> list[int | None]:
+        """For each row of a batch the attention map that it counts for: that of its text, among those of its image."""
+        numbers, each = self.conditioning.numbers, max(map(len, self.conditioning.texts))
+        of_texts = [i * each + numbers[row] for i, look in enumerate(cond) for row in look.rows]
+        return [*[None] * len(uncond), *of_texts]
+
+
+def _of_images(request: Request, looks: Looks | None, stage: int, name: str) -> list[list[Look]]:
+    """By step, what each image of the batch looks at."""
+    if looks is None:
+        return []
+    return [[prompts[row] for row in request.rows(len(prompts), name)] for prompts in looks[stage]]

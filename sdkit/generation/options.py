@@ -11,11 +11,12 @@ Nothing heavy is imported here, so that ``sdkit --help`` answers at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from sdkit.checks import check_choice, check_count, check_number, expect
+from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, refuse_unread
 from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,21 +41,24 @@ class Option:
     """How an argument is declared, beside its name, type and default.
 
     flag: its name on the command line, None where it has none there. panel: its group in ``--help``.
-    low, high: the range of a number.
+    range: of a number, or of each of several.
     remembered: None where a picture's metadata does not hold it.
     """
 
     help: str
     flag: str | None = None
     panel: str | None = None
-    low: float | None = None
-    high: float | None = None
+    range: Range | None = None
     remembered: Remembered | None = None
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """Declare a field of `Settings`."""
     return field(default=default, metadata={"option": Option(help, **more)})
+
+
+SEVERAL = ("guidance_interval", "class_labels", "seed", "variation_seed")
+"""Arguments that hold more than one number, or infinity: `Guidance` and `image_seeds` check their ranges."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +71,37 @@ class Settings:
         "Pixels, a multiple of the VAE's factor (default: the model's, or the picture's own, which is resized where "
         "both sides are given).",
         flag="height",
+        range=Range(1),
         remembered="as used",
     )
     width: int | None = option(
-        None, "Pixels (default: the model's, or the picture's own).", flag="width", remembered="as used"
+        None,
+        "Pixels (default: the model's, or the picture's own).",
+        flag="width",
+        range=Range(1),
+        remembered="as used",
     )
-    num_images_per_prompt: int = option(1, "How many pictures of each prompt.", flag="num", low=1)
+    num_images_per_prompt: int = option(1, "How many pictures of each prompt.", flag="num", range=Range(1))
     output_type: str = option("pil", 'Images as "pil", "pt" (tensor [B, 3, H, W] in [0, 1]) or "latent".')
 
     # Text.
     prompt_embeds: Tensor | None = option(None, "Hidden states [P, M, D] in place of the prompt.")
     negative_prompt_embeds: Tensor | None = option(None, "Hidden states [P, M, D] in place of the negative prompt.")
     prompt_weighting: bool = option(
-        True, "Read A1111's weights and tags; False takes a prompt literally.", remembered="always"
+        True, "Read A1111's weights, tags, editing and AND; False takes a prompt literally.", remembered="always"
     )
     clip_skip: int = option(
-        0, "Last layers of the text encoder to leave out (A1111's number - 1).", flag="clip-skip", remembered="always"
+        0,
+        "Last layers of the text encoder to leave out (A1111's number - 1).",
+        flag="clip-skip",
+        range=Range(0),
+        remembered="always",
     )
 
     # Sampling. None stands for the model's own setting.
-    num_inference_steps: int = option(30, "Sampling steps.", flag="steps", panel="Sampling", remembered="always")
+    num_inference_steps: int = option(
+        30, "Sampling steps.", flag="steps", panel="Sampling", range=Range(1), remembered="always"
+    )
     sampler: str | None = option(
         None, "ddim, ddpm, euler, euler_a, heun, dpmpp_2m, …", flag="sampler", panel="Sampling", remembered="as used"
     )
@@ -96,7 +111,9 @@ class Settings:
     timestep_spacing: str | None = option(
         None, "Timesteps: leading, linspace or trailing.", flag="spacing", panel="Sampling", remembered="always"
     )
-    eta: float = option(0.0, "Randomness of ddim and tcd, 0 to 1.", flag="eta", panel="Sampling", remembered="always")
+    eta: float = option(
+        0.0, "Randomness of ddim and tcd.", flag="eta", panel="Sampling", range=SHARE, remembered="always"
+    )
 
     # Guidance, as in `sdkit.sampling.guidance.Guidance`.
     guidance_scale: float = option(
@@ -104,16 +121,18 @@ class Settings:
         "How hard the prompt pulls: uncond + scale (cond - uncond); 0 ignores the prompt, 1 the negative prompt.",
         flag="guidance",
         panel="Guidance",
+        range=Range(0),
         remembered="always",
     )
     guidance_rescale: float = option(
-        0.0, "Guidance rescale, 0 to 1.", flag="rescale", panel="Guidance", remembered="always"
+        0.0, "Guidance rescale.", flag="rescale", panel="Guidance", range=SHARE, remembered="always"
     )
     guidance_interval: tuple[float, float] | None = option(
         None,
         "LOW:HIGH, the noise levels sigma between which guidance is on.",
         flag="interval",
         panel="Guidance",
+        range=Range(0),
         remembered="if changed",
     )
     dynamic_threshold: float | None = option(
@@ -121,6 +140,7 @@ class Settings:
         "Clip latents from this quantile on, 0.995 say.",
         flag="dynamic-threshold",
         panel="Guidance",
+        range=Range(0, 1, above=True),
         remembered="if changed",
     )
     sample_max_value: float | None = option(
@@ -128,6 +148,7 @@ class Settings:
         "The most that this quantile may be.",
         flag="sample-max-value",
         panel="Guidance",
+        range=POSITIVE,
         remembered="if changed",
     )
     clip_sample_range: float | None = option(
@@ -135,11 +156,12 @@ class Settings:
         "Clip latents to this; VAEs reach about 4.",
         flag="clip-sample-range",
         panel="Guidance",
+        range=POSITIVE,
         remembered="if changed",
     )
     classifier: Classifier | None = option(None, "A function of (x_t, t) that gives logits, to guide by.")
-    classifier_scale: float = option(1.0, "How hard the classifier pulls.")
-    class_labels: Sequence[int] | Tensor | None = option(None, "A class number for each image.")
+    classifier_scale: float = option(1.0, "How hard the classifier pulls.", range=Range(0))
+    class_labels: Sequence[int] | Tensor | None = option(None, "A class number for each image.", range=Range(0))
 
     # Noise, drawn on the CPU in float32, for each image apart, in the order of `sdkit.generation.noise.Noise`.
     seed: int | Sequence[int] | None = option(
@@ -147,15 +169,21 @@ class Settings:
         "Seed of the first picture, the next has seed + 1; in Python also one for each (default: drawn at random).",
         flag="seed",
         panel="Noise",
+        range=SEEDS,
         remembered="as used",
     )
     generator: Generators | None = option(None, "Draw from this torch.Generator, or one for each image, instead.")
     latents: Tensor | None = option(None, "Start from this standard normal [B, C, h, w] instead.")
     variation_seed: int | Sequence[int] | None = option(
-        None, "Seed to move the noise towards.", flag="variation-seed", panel="Noise", remembered="as used"
+        None,
+        "Seed to move the noise towards.",
+        flag="variation-seed",
+        panel="Noise",
+        range=SEEDS,
+        remembered="as used",
     )
     variation_strength: float = option(
-        0.0, "How far, 0 to 1.", flag="variation-strength", panel="Noise", remembered="if changed"
+        0.0, "How far.", flag="variation-strength", panel="Noise", range=SHARE, remembered="if changed"
     )
 
     # Memory.
@@ -164,7 +192,7 @@ class Settings:
         "Pictures that the networks see at once (default: all, and fewer when a GPU's memory runs out).",
         flag="max-batch",
         panel="Model",
-        low=1,
+        range=Range(1),
     )
     vae_tiling: bool | None = option(
         None, "The VAE works tile by tile (default: where memory asks for it).", flag="tiling", panel="Model"
@@ -181,7 +209,7 @@ class Settings:
         "Show the picture every so many steps: on the command line as OUT-stepNN.png.",
         flag="preview-every",
         panel="Output",
-        low=0,
+        range=Range(0),
     )
     preview_mode: PreviewMode = option(
         "decode", 'Previews by the VAE ("decode") or a linear projection of the latents ("fast").'
@@ -191,15 +219,31 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choice("output_type", self.output_type, ("pil", "pt", "latent"))
-        defaults = {f.name: f.default for f in fields(Settings)}
-        for name, declared in declarations(Settings).items():
-            if getattr(self, name) is not None or defaults[name] is not None:
-                _check_range(name, getattr(self, name), declared)
+        for f in fields(self):
+            if f.name not in SEVERAL and (getattr(self, f.name) is not None or f.default is not None):
+                _check_range(f.name, getattr(self, f.name), f.metadata["option"], is_whole(f.type))
 
+        self._refuse_unread()
         if self.latents is not None and self.variation_strength:
             raise ConfigError("variation_strength, latents: give one of them; variations are of seeds")
         if self.attention_maps and self.guidance_scale == 0:
             raise ConfigError("attention_maps: expected a guidance_scale above 0, which ignores the prompt; found 0")
+
+    def _refuse_unread(self) -> None:
+        """Raise ConfigError for an argument that was given and that nothing reads beside the others."""
+        unread: dict[str, str] = {}
+        if self.classifier is None:
+            unread["classifier_scale"] = "without classifier"
+        if self.guidance_scale in (0, 1):
+            unread["guidance_rescale"] = f"at guidance_scale {self.guidance_scale:g}"
+            if self.classifier is None:
+                unread["guidance_interval"] = f"at guidance_scale {self.guidance_scale:g}"
+        if not self.preview_every:
+            unread["preview_mode"] = "without preview_every"
+
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, why in unread.items():
+            refuse_unread(name, getattr(self, name), defaults[name], why)
 
     @property
     def guidance(self) -> Guidance:
@@ -314,7 +358,7 @@ UPSCALERS = ("nearest", "bilinear", "bicubic")
 
 
 def _strength(default: float) -> Argument:
-    return Argument("strength", float, default, Option("0 keeps the picture, 1 ignores it.", "strength"))
+    return Argument("strength", float, default, Option("0 keeps the picture, 1 ignores it.", "strength", range=SHARE))
 
 
 TASKS: Mapping[str, TaskKind] = {
@@ -329,19 +373,19 @@ TASKS: Mapping[str, TaskKind] = {
                     "hires_scale",
                     float | None,
                     None,
-                    Option("Enlarge the picture by this and work on it again.", "hires", low=1, high=16),
+                    Option("Enlarge the picture by this and work on it again.", "hires", range=Range(1, 16)),
                 ),
                 Argument(
                     "hires_strength",
                     float,
                     0.7,
-                    Option("How much is changed then, 0 to 1.", "hires-strength", low=0, high=1),
+                    Option("How much is changed then.", "hires-strength", range=SHARE),
                 ),
                 Argument(
                     "hires_steps",
                     int | None,
                     None,
-                    Option("Sampling steps then (default: --steps).", "hires-steps", low=1),
+                    Option("Sampling steps then (default: --steps).", "hires-steps", range=Range(1)),
                 ),
                 Argument("hires_upscaler", str, "bilinear", Option(", ".join(UPSCALERS) + ".", "hires-upscaler")),
             ),
@@ -359,7 +403,7 @@ TASKS: Mapping[str, TaskKind] = {
                     "mask_blur",
                     int,
                     0,
-                    Option("Pixels around the mask over which the new fades out.", "mask-blur", low=0),
+                    Option("Pixels around the mask over which the new fades out.", "mask-blur", range=Range(0)),
                 ),
             ),
         ),
@@ -390,15 +434,15 @@ def check_argument(task: str, name: str, value: Any) -> None:
     """Raise ConfigError for a number of a task's argument that is out of its range."""
     declared = next(argument for argument in TASKS[task].arguments if argument.name == name)
     if value is not None or declared.default is not None:
-        _check_range(name, value, declared.option, whole=declared.type in (int, int | None))
+        _check_range(name, value, declared.option, is_whole(declared.type))
 
 
-def _check_range(name: str, value: Any, declared: Option, whole: bool = True) -> None:
-    if declared.low is None:
-        return
-    if whole:
-        check_count(name, value, int(declared.low))
-    else:
-        check_number(name, value, declared.low, math.inf if declared.high is None else declared.high)
-    if declared.high is not None:
-        expect(value <= declared.high, name, f"at most {declared.high:g}", value)
+def is_whole(kind: Any) -> bool | None:
+    """Whether an option of this type, or of a type that is written so, holds whole numbers; None where no numbers."""
+    words = re.findall(r"\w+", str(kind))
+    return True if "int" in words else False if "float" in words else None
+
+
+def _check_range(name: str, value: Any, declared: Option, whole: bool | None) -> None:
+    if declared.range is not None and whole is not None:
+        check_range(name, value, declared.range, whole)

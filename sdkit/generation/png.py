@@ -1,4 +1,5 @@
-"""PNG files that remember how their picture was made: for us as JSON, for A1111 as its infotext."""
+"""PNG files that remember how their picture was made: for us as JSON, for A1111 as its infotext; and the pictures of
+others."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdkit.errors import ConfigError, SDKitError
 from sdkit.files import replacing
+from sdkit.generation.comfyui import read_workflow
+from sdkit.generation.foreign import Foreign
+from sdkit.generation.infotext import a1111_parameters, read_infotext
 from sdkit.images.pixels import open_image
-from sdkit.sampling.samplers import SAMPLERS
 
 
 def write_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None = None) -> Path:
@@ -42,7 +45,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters that ``write_png`` stored. Raises SDKitError when the picture holds none."""
     text = open_image(path).info.get("sdkit")
     if text is None:
-        raise SDKitError(f"{path}: no sdkit metadata in this picture (edited or written by another program?)")
+        raise SDKitError(f"{path}: no sdkit metadata in this picture, nor A1111's or ComfyUI's (edited since?)")
     try:
         values = json.loads(text)
     except (TypeError, json.JSONDecodeError) as error:
@@ -52,45 +55,28 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def a1111_parameters(parameters: Mapping[str, Any]) -> str:
-    """The "infotext" of AUTOMATIC1111's web UI: prompt, negative prompt, then one line of ``Name: value`` pairs."""
-    get = parameters.get
-    size = f"{get('width')}x{get('height')}" if get("width") and get("height") else None
-    sampler = _sampler(get("sampler"))
+def read_foreign(path: str | os.PathLike[str]) -> Foreign | None:
+    """What A1111 or ComfyUI says of how it made a picture; None where that is not one of theirs, or is one of ours.
 
-    pairs = {
-        "Steps": get("num_inference_steps"),
-        "Sampler": sampler,
-        "Schedule type": str(get("sigmas")).capitalize() if get("sigmas") else None,
-        "CFG scale": get("guidance_scale"),
-        "Seed": get("seed"),
-        "Size": size,
-        "Model": get("model"),
-        # its count starts at 1 for "nothing skipped"
-        "Clip skip": get("clip_skip", 0) + 1 if get("clip_skip") else None,
-        "CFG Rescale": get("guidance_rescale") or None,
-        "Denoising strength": get("strength", get("hires_strength")),
-        "Mask blur": get("mask_blur"),
-        "Hires upscale": get("hires_scale"),
-        "Hires steps": get("hires_steps"),
-        "Variation seed": get("variation_seed"),
-        "Variation seed strength": get("variation_strength"),
-        "Version": f"sdkit {get('version', '')}".strip(),
-    }
+    A1111's infotext stands in the chunk "parameters", in JPEG and WebP in the EXIF comment; ComfyUI's workflow in the
+    chunk "prompt". Raises SDKitError where it is damaged.
+    """
+    image = open_image(path)
+    info = image.info
+    if "sdkit" in info:
+        return None
 
-    lines = [str(get("prompt", ""))]
-    if get("negative_prompt"):
-        lines.append(f"Negative prompt: {get('negative_prompt')}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None))
-    return "\n".join(lines)
+    text = info.get("parameters") or _exif_comment(image)
+    if isinstance(text, str) and text.strip():
+        return read_infotext(text)
+    workflow = info.get("prompt")
+    return read_workflow(workflow, str(path)) if isinstance(workflow, str) else None
 
 
-def _sampler(name: Any) -> Any:
-    """A1111's name of a sampler."""
-    return SAMPLERS[name].a1111 if name in SAMPLERS else name
-
-
-def _quoted(value: Any) -> str:
-    """Quote a value that would break the list of pairs, in JSON's way, as the web UI does."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
+def _exif_comment(image: Image.Image) -> str:
+    """The EXIF tag UserComment, whose first 8 bytes name its encoding."""
+    value = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    if not isinstance(value, bytes):
+        return str(value)
+    encoding = "utf-16-be" if value.startswith(b"UNICODE") else "utf-8"
+    return value[8:].decode(encoding, errors="replace")

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdkit.adapter_kinds import adapter_kinds
+from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import SDKitError
 from sdkit.files import file_hash
 from sdkit.generation.options import TASKS, Settings, declarations
 from sdkit.generation.request import Request
+from sdkit.prompts.tokens import used_triggers
 from sdkit.version import __version__
 
 SHARED = (
@@ -20,11 +23,13 @@ SHARED = (
 """The arguments of all tasks that the metadata holds; `TASKS` has those of each."""
 
 
-def facts_of(request: Request, index: int) -> dict[str, Any]:
+def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, Any]:
     """The facts by which image number ``index`` of a batch was made: arguments of its task by their names, and
 
     task: its method, where that is not text_to_image; files: the SHA-256 of every file that went in; sampler: the one
-    used; dtype; version. Values are plain JSON.
+    used; dtype; version; adapters: the scale of each that ran without a tag, by kind and name; triggers: the words of
+    textual inversions in the prompts; not_held: the arguments that went in and that no metadata can hold, the callback
+    among them where it ``altered`` the run. Values are plain JSON.
     """
     task, settings, noise = request.task, request.settings, request.noise
     facts: dict[str, Any] = {"task": task.name} if task.name != "text_to_image" else {}
@@ -52,7 +57,30 @@ def facts_of(request: Request, index: int) -> dict[str, Any]:
     if files := {path: file_hash(path) for path in paths.values() if path is not None}:
         facts["files"] = files
 
+    # What is known here but cannot be held.
+    not_held = [name for name, path in paths.items() if path is None]
+    not_held += [name for name in ("prompt_embeds", "negative_prompt_embeds") if getattr(settings, name) is not None]
+    not_held += ["callback_on_step_end"] if altered else []
+    more = {"not_held": not_held, "adapters": _adapters(request.model), "triggers": _triggers(request, row)}
+    facts |= {name: value for name, value in more.items() if value}
+
     return facts | {"dtype": str(request.model.dtype).removeprefix("torch."), "version": __version__}
+
+
+def _adapters(model: DiffusionModel) -> dict[str, dict[str, float]]:
+    """The adapters that run: by kind and name their scales."""
+    running = {
+        kind.name: {name: a.scale for name, a in kind.module.list_adapters(model).items() if a.enabled and a.scale}
+        for kind in adapter_kinds()
+        if kind.name in model.adapter_kinds
+    }
+    return {kind: adapters for kind, adapters in running.items() if adapters}
+
+
+def _triggers(request: Request, row: int) -> list[str]:
+    texts = [*(request.prompts.texts or [""] * request.prompts.count)[row : row + 1], request.prompts.negatives[row]]
+    weighted = request.settings.prompt_weighting
+    return sorted(used_triggers(texts, list(request.model.textual_inversions), weighted=weighted))
 
 
 def arguments_of(facts: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -71,6 +99,8 @@ def arguments_of(facts: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
         raise SDKitError(f"{where}: the metadata lacks {', '.join(missing)}")
     if "classifier" in facts:
         raise SDKitError(f"{where}: made with the classifier {facts['classifier']}, which no metadata can hold")
+    if facts.get("not_held"):
+        raise SDKitError(f"{where}: made with {', '.join(facts['not_held'])}, which no metadata can hold")
 
     for path, expected in dict(facts.get("files", {})).items():
         found = file_hash(path)

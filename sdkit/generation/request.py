@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
-from sdkit.generation.conditioning import Prompt, Prompts, read_prompts
+from sdkit.generation.conditioning import Prompt, Prompts, Stage, read_prompts
 from sdkit.generation.noise import Noise
 from sdkit.generation.options import Settings
 from sdkit.generation.tasks import Task
@@ -34,6 +34,13 @@ class Request:
     def batch(self) -> int:
         """How many images are made."""
         return self.prompts.count * self.settings.num_images_per_prompt
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The steps of each plan, as prompt editing counts them."""
+        steps = [steps for steps, _ in _stages(self.task, self.settings)]
+        each = zip(steps, [None, *steps[:-1]], self.plans, strict=True)
+        return [Stage(own, before, plan.num_steps) for own, before, plan in each]
 
     @property
     def calls(self) -> int:
@@ -61,7 +68,7 @@ def make_request(
     model: DiffusionModel, task: Task, prompt: Prompt, negative_prompt: Prompt, settings: Settings
 ) -> Request:
     """Read the prompts, plan the sampling and set up the noise. Raises ConfigError for what does not fit together."""
-    prompts = read_prompts(prompt, negative_prompt, settings)
+    prompts = read_prompts(prompt, negative_prompt, settings, model.textual_inversions)
     batch = prompts.count * settings.num_images_per_prompt
     if settings.attention_maps and batch > (settings.max_batch_size or batch):
         raise ConfigError(f"attention_maps: expected a max_batch_size of at least {batch}, all the batch")
@@ -75,11 +82,15 @@ def make_request(
 
 def _plans(model: DiffusionModel, task: Task, settings: Settings) -> list[Plan]:
     """The plan of each stage."""
-    stages = [(settings.num_inference_steps, task.strength)]
-    if task.hires is not None:
-        stages.append((task.hires.steps or settings.num_inference_steps, task.hires.strength))
-
     return [
         model.make_plan(steps, settings.sampler, settings.sigmas, settings.timestep_spacing, settings.eta, strength)
-        for steps, strength in stages
+        for steps, strength in _stages(task, settings)
     ]
+
+
+def _stages(task: Task, settings: Settings) -> list[tuple[int, float]]:
+    """Each stage's steps, and the part of them that is run."""
+    first = (settings.num_inference_steps, task.strength)
+    if task.hires is None:
+        return [first]
+    return [first, (task.hires.steps or settings.num_inference_steps, task.hires.strength)]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdkit.checks import check_choice
+from sdkit.checks import check_choice, refuse_unread
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
-from sdkit.generation.options import UPSCALERS, Settings, check_argument
+from sdkit.generation.options import TASKS, UPSCALERS, Settings, check_argument
 from sdkit.images.depth import DepthSource, read_depth
 from sdkit.images.inputs import Pictures, paths_of, picture_tensors
 from sdkit.images.masks import read_masks
@@ -40,6 +40,17 @@ class Hires:
         """Latents [B, C, h, w], each side times ``scale``, rounded to a whole cell."""
         size = [round(side * self.scale) for side in latents.shape[2:]]
         return F.interpolate(latents, size, mode=self.upscaler)
+
+
+def read_hires(scale: float | None, strength: float, steps: int | None, upscaler: str) -> Hires | None:
+    """The second stage, None without a scale. Raises ConfigError for what then does nothing."""
+    if scale is not None:
+        return Hires(scale, strength, steps, upscaler)
+    for argument in TASKS["text_to_image"].arguments:
+        given = {"hires_strength": strength, "hires_steps": steps, "hires_upscaler": upscaler}
+        if argument.name in given:
+            refuse_unread(argument.name, given[argument.name], argument.default, "without hires_scale")
+    return None
 
 
 @dataclass(frozen=True)

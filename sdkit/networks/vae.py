@@ -126,7 +126,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = No
     """
     z = latents / vae.config.scaling_factor
     tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
-    pixels = _finite(vae, "decoder", lambda: (vae.decode(z.to(vae.device, vae.dtype), tile),))[0]
+    pixels = _finite(vae, "decoder", z, lambda: (vae.decode(z.to(vae.device, vae.dtype), tile),))[0]
     return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
 
@@ -141,12 +141,12 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor, tiling: bool | None = 
         posterior = vae.encode(pictures.to(vae.device, vae.dtype), tile)
         return posterior.mean, posterior.std
 
-    mean, std = _finite(vae, "encoder", run)
+    mean, std = _finite(vae, "encoder", pictures, run)
     return mean, std
 
 
-def _finite(vae: AutoencoderKL, part: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The finite results of ``run``, which calls the VAE's encoder or decoder (``part``) in ``vae.dtype``.
+def _finite(vae: AutoencoderKL, part: str, given: Tensor, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The finite results of ``run``, which calls the VAE's encoder or decoder (``part``) on ``given`` in ``vae.dtype``.
 
     A float16 VAE that overflows runs again in float32, with a warning. Raises NumericalError with the remedy.
     """
@@ -160,7 +160,9 @@ def _finite(vae: AutoencoderKL, part: str, run: Callable[[], tuple[Tensor, ...]]
             vae.half()
 
     if not _all_finite(results):
-        what = "pixels" if part == "decoder" else "latents"
+        what, source = ("pixels", "latents") if part == "decoder" else ("latents", "pictures")
+        if not _all_finite((given,)):
+            raise NumericalError(f"VAE {part}: {what} are not finite: the {source} that it was given are not")
         found = str(vae.dtype).removeprefix("torch.")
         bad = next((name for name, value in vae.state_dict().items() if not _all_finite((value,))), None)
         cause = f"its weights {bad} are not finite" if bad else f"found NaN or infinity in {found}"

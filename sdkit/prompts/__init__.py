@@ -1,1 +1,1 @@
-"""From a prompt's text to hidden states: tags, emphasis, tokens, the tokenizer, encoding."""
+"""From a prompt's text to hidden states: tags, AND, editing, emphasis, tokens, the tokenizer, encoding."""

@@ -42,27 +42,45 @@ def encode_prompts(
     prompts and negative prompts alike; gradients reach them. Without negative prompts the second context is None.
     Raises ConfigError for arguments without meaning, NumericalError when weights cancel the mean to 0.
     """
+    groups = {"prompt": prompts}
+    if negative_prompts is not None:
+        groups["negative_prompt"] = negative_prompts
+        if not isinstance(negative_prompts, str) and len(negative_prompts) not in (0, len(prompts)):
+            raise ConfigError(f"negative_prompt: expected {len(prompts)} as prompts, found {len(negative_prompts)}")
+
+    contexts = encode_groups(
+        tokenizer, text_encoder, groups, clip_skip=clip_skip, weighted=weighted, embeddings=embeddings
+    )
+    return contexts["prompt"], contexts.get("negative_prompt")
+
+
+def encode_groups(
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    clip_skip: int = 0,
+    weighted: bool = True,
+    embeddings: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Encode several groups of texts, each by the name of the argument that it came from, to contexts [B, 77 * n, D].
+
+    n is the same for all; otherwise as `encode_prompts`.
+    """
     layers = int(text_encoder.config.num_hidden_layers)
     if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip < layers:  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
         raise ConfigError(f"clip_skip: expected an integer from 0 to {layers - 1}, found {clip_skip!r}")
-
-    _check_prompts("prompt", prompts)
-    groups = [prompts]
-    if negative_prompts is not None:
-        _check_prompts("negative_prompt", negative_prompts)
-        if len(negative_prompts) != len(prompts):
-            raise ConfigError(f"negative_prompt: expected {len(prompts)} as prompts, found {len(negative_prompts)}")
-        groups.append(negative_prompts)
+    for name, texts in groups.items():
+        _check_prompts(name, texts)
 
     length = min(max_length(tokenizer), int(text_encoder.config.max_position_embeddings))
     tokens_of = partial(prompt_tokens, tokenizer, weighted=weighted, embeddings=embeddings, max_length=length)
-    chunks = [[tokens_of(prompt) for prompt in group] for group in groups]
+    chunks = {name: [tokens_of(text) for text in texts] for name, texts in groups.items()}
     _check_widths(embeddings or {}, int(text_encoder.config.hidden_size))
 
-    count = max(len(prompt) for group in chunks for prompt in group)
-    tokens = [[_pad(tokenizer, prompt, count, length) for prompt in group] for group in chunks]
-    contexts = [_encode(text_encoder, group, length, clip_skip) for group in tokens]
-    return contexts[0], contexts[1] if len(contexts) > 1 else None
+    count = max(len(text) for texts in chunks.values() for text in texts)
+    tokens = {name: [_pad(tokenizer, text, count, length) for text in texts] for name, texts in chunks.items()}
+    return {name: _encode(text_encoder, texts, length, clip_skip) for name, texts in tokens.items()}
 
 
 def _check_prompts(argument: str, prompts: Sequence[str]) -> None:

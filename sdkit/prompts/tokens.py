@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,12 @@ def prompt_tokens(
     return chunks
 
 
+def used_triggers(prompts: Iterable[str], names: Sequence[str], *, weighted: bool = True) -> set[str]:
+    """Those of the triggers ``names`` that stand in prompts, by the rules of `prompt_tokens`."""
+    segments = [text for prompt in prompts for text, _ in (parse_weights(prompt) if weighted else [(prompt, 1.0)])]
+    return {trigger for text in segments for _, trigger in _triggers(text, names)}
+
+
 def _words(
     tokenizer: CLIPTokenizer, text: str, embeddings: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int], list[Tensor]]]:
@@ -90,7 +96,7 @@ def _words(
     yield from _plain_words(tokenizer, text[end:])
 
 
-def _triggers(text: str, names: list[str]) -> Iterator[tuple[re.Match[str], str]]:
+def _triggers(text: str, names: Sequence[str]) -> Iterator[tuple[re.Match[str], str]]:
     if not names:
         return
     names = sorted(names, key=len, reverse=True)

@@ -193,6 +193,26 @@ def combine(uncond: Tensor | None, cond: Tensor | None, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
+def compose(uncond: Tensor | None, conds: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+    """uncond + the sum of w_i (cond_i - uncond) for each image (composable diffusion, arXiv 2206.01714).
+
+    conds [N, ...] has the predictions of the first image's prompts, then those of the second's, and so on; weights:
+    theirs. uncond [B, ...] may be None where the weights of each image sum to 1. Where every image has one prompt of
+    weight 1 the result is ``conds`` as it is, else float32 or wider.
+    """
+    if all(tuple(own) == (1,) for own in weights):
+        return conds
+
+    wide = conds.to(torch.promote_types(conds.dtype, torch.float32))
+    sums: list[Tensor] = []
+    for i, own in enumerate(weights):
+        first = sum(map(len, weights[:i]))
+        total = sum(w * wide[first + j] for j, w in enumerate(own))
+        rest = 1 - math.fsum(own)
+        sums.append(torch.as_tensor(total if uncond is None else total + rest * uncond[i].to(wide.dtype)))
+    return torch.stack(sums)
+
+
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     """Bring the standard deviation of ``guided`` back towards that of ``cond`` (arXiv 2305.08891, section 3.4).
 

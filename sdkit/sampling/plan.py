@@ -47,6 +47,14 @@ class Plan:
     def num_registers(self) -> int:
         return self.coefficients.shape[1]
 
+    @property
+    def steps(self) -> list[int]:
+        """For each call the step that it belongs to, counted from 0. The first steps are those of two calls: all but
+        the last of heun and its like, the first alone of pndm."""
+        calls = len(self.timesteps)
+        doubled = calls - self.num_steps
+        return [k // 2 if k < 2 * doubled else k - doubled for k in range(calls)]
+
     def start(self, noise: Tensor, x0: Tensor | None = None) -> Tensor:
         """Register 0 at the first level, like ``noise`` [B, ...], from a standard normal and the clean latents ``x0``,
         which only strength below 1 needs. Raises ConfigError when they are needed and missing."""

@@ -78,6 +78,20 @@ class AttentionMaps:
         """The maps [M, H, W] of image number ``image``."""
         return self.values[image]
 
+    def joined(self, each: int) -> AttentionMaps:
+        """The maps of every ``each`` images in a row as those of one: all their tokens, one after the other."""
+        length = self.values.shape[1]
+        groups = [self.words[first : first + each] for first in range(0, len(self.words), each)]
+        words = tuple(
+            tuple(
+                Word(word.text, tuple(position + number * length for position in word.positions))
+                for number, own in enumerate(group)
+                for word in own
+            )
+            for group in groups
+        )
+        return AttentionMaps(self.values.unflatten(0, (-1, each)).flatten(1, 2), words)
+
     def word(self, text: str, image: int = 0, occurrence: int | None = None) -> Tensor:
         """The map [H, W] of a word or phrase: the mean over its tokens, wherever the prompt has it.
 
@@ -114,12 +128,17 @@ def _places(words: Sequence[Word], text: str) -> list[list[int]]:
 
 
 class AttentionRecorder:
-    """Running sums of attention maps, one for each size of grid, on their device. Made by `record_attention`."""
+    """Running sums of attention maps, one for each size of grid, on their device. Made by `record_attention`.
+
+    ``places`` may say, before a call, for which image each row of its batch counts, and None for a row that does not;
+    then an image may have several rows or none, and its map is the mean over those that it had.
+    """
 
     def __init__(self, images: int | None) -> None:
         self._images = images
+        self.places: Sequence[int | None] | None = None
         self._sums: dict[tuple[int, int], Tensor] = {}  # (h, w): [B, h w, M]
-        self._count = 0  # maps in the sums: layers x network calls
+        self._counts: list[int] = []  # maps in the sums of each image: layers x network calls
 
     def maps(self, words: Sequence[Sequence[Word]]) -> AttentionMaps:
         """The maps so far: the mean over all layers and calls, each brought to the largest grid (bilinear).
@@ -137,16 +156,24 @@ class AttentionRecorder:
 
         grids = [sums.transpose(1, 2).unflatten(2, size) for size, sums in self._sums.items()]
         total = torch.stack([F.interpolate(g, largest, mode="bilinear", align_corners=False) for g in grids]).sum(0)
-        return AttentionMaps((total / self._count).cpu(), tuple(tuple(own) for own in words))
+        counts = torch.tensor(self._counts).clamp(min=1)[:, None, None, None].to(total)
+        return AttentionMaps((total / counts).cpu(), tuple(tuple(own) for own in words))
 
     def add(self, size: tuple[int, int], probabilities: Tensor) -> None:
         """Add one layer's probabilities [B, h w, M], of a grid of size (h, w), to the sums."""
         images = len(probabilities) if self._images is None else self._images
-        if images > len(probabilities):
+        if self.places is None and images > len(probabilities):
             raise ConfigError(f"record_attention: expected a batch of at least {images}, found {len(probabilities)}")
-        own = probabilities[-images:]
-        self._sums[size] = self._sums[size].add_(own) if size in self._sums else own.clone()
-        self._count += 1
+
+        places = range(images) if self.places is None else self.places
+        first = len(probabilities) - images if self.places is None else 0
+        if size not in self._sums:
+            self._sums[size] = probabilities.new_zeros(images, *probabilities.shape[1:])
+        self._counts = self._counts or [0] * images
+        for row, place in enumerate(places, first):
+            if place is not None:
+                self._sums[size][place] += probabilities[row]
+                self._counts[place] += 1
 
 
 @contextmanager

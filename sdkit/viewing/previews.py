@@ -62,7 +62,10 @@ class Previewer:
         """
         if self.mode == "fast":
             return to_pil(latent_to_rgb(self.vae, latents), stage="preview")
-        return to_pil(decode_latents(self.vae, latents), stage="preview, VAE decoder")
+        try:
+            return to_pil(decode_latents(self.vae, latents))
+        except NumericalError as error:
+            raise NumericalError(f"preview: {error}") from None
 
 
 def latent_to_rgb(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

@@ -242,7 +242,10 @@ def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactl
         *NEW,
         "--vectors",
         2,
-        *QUICK,
+        "--max-train-steps",
+        3,
+        "--logging-steps",
+        1,
         "--num-validation-images",
         0,
         "--ema-decay",
@@ -263,7 +266,7 @@ def test_the_written_config_makes_the_run_again_and_a_stopped_run_goes_on_exactl
     call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--max-train-steps", 2), app)
     toy.forget_accelerate()
     other = ("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--init", "cone")
-    assert "of a run with options" in call(other, app, status=1)
+    assert "of a run with init 'torus', now 'cone'" in call(other, app, status=1)
     toy.forget_accelerate()
     call(("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b"), app)  # goes on for one step
     a, b = (load_file(tmp_path / run / "zorb.safetensors") for run in "ab")

@@ -35,7 +35,7 @@ from sdkit.checkpoints.diffusers_folder import save_folder
 from sdkit.checkpoints.loading import MODELS, load_vae
 from sdkit.checkpoints.single_file import save_single_file
 from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
-from sdkit.errors import CheckpointError
+from sdkit.errors import CheckpointError, ConfigError
 from tests.conftest import draw, draw_weights, read_image
 from tests.finetune import toy
 from tests.finetune.commands import call
@@ -184,7 +184,7 @@ def test_a_run_goes_on_to_the_bit(pictures: Path, tiny_vae: Path, tmp_path: Path
     assert all(torch.equal(one[k], two[k]) for k in one)
     toy.forget_accelerate()
     changed = ("--config", tmp_path / "a" / "config.toml", "--output", tmp_path / "b", "--reconstruction", "l1")
-    assert "of a run with loss" in call(changed, app, status=1)
+    assert "of a run with reconstruction 'mse', now 'l1'" in call(changed, app, status=1)
 
 
 def test_options_reach_what_they_are_for(
@@ -207,7 +207,7 @@ def test_options_reach_what_they_are_for(
         "--gradient-accumulation-steps",
         2,
     )
-    identities: list[dict[str, str]] = []
+    facts: list[dict[str, Any]] = []
     for more in ((), ("--lpips-vgg", vgg, "--lpips-weights", weights, "--gradient-checkpointing")):
         toy.forget_accelerate()
         with pytest.raises(Started) as caught:
@@ -220,14 +220,12 @@ def test_options_reach_what_they_are_for(
         assert (tmp_path / "cache" / "latents").exists() and not (tmp_path / "run" / "cache").exists()
         blocks = [m for m in loss.vae.decoder.modules() if isinstance(m, RECOMPUTED)]
         assert len(blocks) == 7 and all(("forward" in vars(m)) == bool(more) for m in blocks)
-        factor = arguments["rate_factor"]
-        assert (factor("discriminator.layers.0.weight"), factor("vae.decoder.conv_in.weight")) == (
-            pytest.approx(0.2),
-            1,
-        )
-        identities.append(arguments["identity"])
-    assert identities[0].keys() == {"data", "vae", "loss"} and identities[1].keys() == {*identities[0], "lpips"}
-    assert identities[0]["loss"] == identities[1]["loss"]  # wherever the files lie
+        rate = arguments["highest_rate"]
+        assert (rate("discriminator.layers.0.weight"), rate("vae.decoder.conv_in.weight")) == (0.002, 0.01)
+        facts.append(arguments["facts"])
+    assert {"pictures", "the VAE", "reconstruction"} <= facts[0].keys() == facts[1].keys()
+    assert not any(str(tmp_path) in repr(found) for found in facts)  # wherever the files lie
+    assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"LPIPS"}
 
 
 @pytest.mark.parametrize("latents_are", ["mean", "sample"])
@@ -238,6 +236,7 @@ def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path,
     latents = LatentCache(vae, tmp_path / "cache")
     latents.fill(data.views(), progress=False)
     seen: set[bytes] = set()
+    weighed: list[float] = []
     for n in range(8):
         found = batch(data, latents, 1, n)
         with torch.no_grad():
@@ -246,7 +245,10 @@ def test_latents_are_of_the_pictures_beside_them(pictures: Path, tiny_vae: Path,
         low, high = (0.0, 1e-3) if latents_are == "mean" else (0.9, 1.1)
         assert low <= float(error.std()) < high and float(found.pixels.abs().max()) <= 1
         seen |= {x.numpy().tobytes() for x in found.pixels}
+        assert found.weights is not None
+        weighed.append(float(found.weights.sum()))
     assert len(seen) > 8
+    assert sorted(weighed) == [1.0] * 4 + [2.0] * 4  # of three pictures the wide one fills a batch
 
 
 def test_measures_on_pictures_apart_with_all_weights(
@@ -292,6 +294,18 @@ def test_of_pictures_that_are_trained_on_the_first_64_are_measured(tiny_vae: Pat
     assert len(views) == 64 and {(crop, flip) for _, _, crop, flip in views} == {(None, False)}
     apart = validation_views(vae, replace(config, validation_data=tmp_path / "b"))
     assert len(apart) == 66 and {picture.path.parent.name for picture, *_ in apart} == {"b"}
+
+
+def test_captions_and_their_tables_are_no_matter_to_a_vae(pictures: Path, tiny_vae: Path):
+    (pictures / "metadata.csv").write_text("file_name,caption\ngone.png,x\n")
+    (pictures / "0.txt").write_bytes(b"caf\xe9")
+    (pictures / "2024_more").mkdir()
+    Image.new("RGB", (32, 32)).save(pictures / "2024_more" / "3.png")
+    vae = load_vae(tiny_vae, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="--no-folder-repeats"):
+        training_data(vae, DecoderData(pictures).config(), seed=0)
+    data = training_data(vae, DecoderData(pictures, folder_repeats=False).config(), seed=0)
+    assert [(p.caption, p.repeats) for p in data.samples] == [("", 1)] * 4 and data.left_out == []
 
 
 def test_a_vae_comes_from_anything_that_holds_one(tiny_vae: Path, tmp_path: Path):

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.data.batches import DataConfig, TrainingData, read_pictures
+from finetune.data.batches import TrainingData
 from finetune.data.cache import LatentCache
+from finetune.data.config import DataConfig
+from finetune.data.folders import read_pictures
 from sdkit import AutoencoderKL, VAEConfig
 from tests.conftest import draw_weights
 
@@ -29,7 +31,8 @@ def vae(seed: int = 0) -> AutoencoderKL:
 
 def dataset(folder: Path, config: DataConfig | None = None, **arguments) -> TrainingData:
     config = config or DataConfig(data=folder)
-    return TrainingData(read_pictures(config), config, **({"resolution": 48, "step": STEP, "seed": 0} | arguments))
+    found, rules = read_pictures(config), {"resolution": 48, "step": STEP, "seed": 0}
+    return TrainingData(found.pictures, config, **(rules | {"left_out": found.left_out} | arguments))
 
 
 def filled(data: TrainingData, folder: Path) -> LatentCache:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from finetune.data.batches import DataConfig
+from finetune.data.batches import TrainingData
+from finetune.data.config import DataConfig
+from finetune.data.folders import Picture
 from sdkit.errors import ConfigError
 from tests.finetune.data.painted import dataset, filled, paint
 
@@ -32,7 +36,6 @@ def test_which_latents_are_trained_on_is_a_choice(tmp_path: Path):
     assert all(torch.equal(data.batch(n, cache).latents[0], cache(view)) for n in range(3))
     sampled = dataset(tmp_path / "a", replace(config, latents="sample"))
     assert len({sampled.batch(n, cache).latents.sum().item() for n in range(3)}) == 3
-    assert sampled.fingerprint != data.fingerprint
 
 
 def test_an_epoch_shows_each_picture_as_often_as_it_should(folder: Path):
@@ -42,6 +45,7 @@ def test_an_epoch_shows_each_picture_as_often_as_it_should(folder: Path):
     assert data.batches_per_epoch == 3 + 1
     epochs = [[data.batch(n, cache) for n in range(4 * e, 4 * e + 4)] for e in range(2)]
     for epoch in epochs:
+        assert sum(float(b.weights.sum()) for b in epoch) == pytest.approx(7 + 2)
         seen = Counter(caption.split(",")[1] if "," in caption else caption for b in epoch for caption in b.captions)
         assert all(seen[f" {i}"] >= 1 for i in range(4)) and seen["often"] >= 3
         assert sum(seen.values()) == 12  # 7 and 2, each filled up to a multiple of 3
@@ -62,7 +66,6 @@ def test_a_batch_depends_on_seed_and_number_alone(folder: Path):
         assert [g.get_state().tolist() for g in a.generators] == [g.get_state().tolist() for g in b.generators]
     other = dataset(folder, config, seed=1)
     assert any(a.captions != other.batch(n, cache).captions for n, a in enumerate(forwards))
-    assert data.fingerprint == again.fingerprint != other.fingerprint
 
 
 def test_processes_get_the_parts_of_one_batch(folder: Path):
@@ -110,6 +113,12 @@ def test_tags_are_shuffled_and_kept(folder: Path):
     )
 
 
+def test_an_empty_caption_has_no_tags_and_no_space_behind_the_prefix(folder: Path):
+    (folder / "0.txt").write_text("")
+    assert "" in dataset(folder, DataConfig(folder, shuffle_tags=3)).captions()
+    assert "photo of" in dataset(folder, DataConfig(folder, caption_prefix="photo of")).captions()
+
+
 def test_the_prior_class_is_half_and_weighted(folder: Path, tmp_path: Path):
     for i in range(2):
         paint(tmp_path / "class" / f"c{i}.png", seed=10 + i)
@@ -118,8 +127,11 @@ def test_the_prior_class_is_half_and_weighted(folder: Path, tmp_path: Path):
     cache = filled(data, folder)
     assert sum(p.is_prior for p in data.samples) == 9 == sum(not p.is_prior for p in data.samples)
     batches = [data.batch(n, cache) for n in range(data.batches_per_epoch)]
-    weights = Counter((b.captions[0] == "a cup", float(b.weights[0])) for b in batches)
-    assert weights == {(True, 0.25): 9, (False, 1.0): 9}
+    weights = Counter[str]()
+    for b in batches:
+        weights[b.captions[0]] += float(b.weights[0])
+    assert weights["a cup"] == pytest.approx(9 * 0.25) and weights["often"] == 3 and weights["wide, 1"] == 1
+    assert sum(weights.values()) == pytest.approx(9 + 9 * 0.25)
     for b in batches:
         assert b.prior.tolist() == [c == "a cup" for c in b.captions]
     for i in range(2, 12):
@@ -127,6 +139,50 @@ def test_the_prior_class_is_half_and_weighted(folder: Path, tmp_path: Path):
     shown = Counter((p.is_prior, p.digest) for p in dataset(folder, config).samples)
     assert Counter({k: v for k, v in shown.items() if k[0]}.values()) == {1: 12}  # none of the prior's is left out
     assert sum(v for k, v in shown.items() if not k[0]) == 12
+
+
+def epoch_weights(data_of_ranks: list[TrainingData], epoch: int) -> Counter[tuple[bool, str]]:
+    """What the weights of each picture, by the name that is its caption, add up to over all processes."""
+    weights = Counter[tuple[bool, str]]()
+    first = epoch * data_of_ranks[0].batches_per_epoch
+    for data in data_of_ranks:
+        for n in range(first, first + data.batches_per_epoch):
+            batch = data.batch(n, lambda view, generator: torch.zeros(4, 1, 1))
+            for caption, weight, prior in zip(
+                batch.captions, batch.weights.tolist(), batch.prior.tolist(), strict=True
+            ):
+                weights[prior, caption] += weight
+    return weights
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([(48, 48), (96, 48), (40, 90)]), st.integers(0, 4)), min_size=1, max_size=12),
+    st.integers(0, 5),
+    st.integers(1, 6),
+    st.integers(1, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_pictures_weights_of_an_epoch_are_its_repeats(
+    shown: list[tuple[tuple[int, int], int]], priors: int, size: int, world: int
+):
+    """However often it has to be shown to fill a batch; the fewer of concept and prior class weigh as the others."""
+    pictures = [Picture(Path(f"{i}"), f"{i}", n, side, f"{i}") for i, (side, n) in enumerate(shown)]
+    pictures += [Picture(Path(f"p{i}"), f"{i}", 1, (48, 48), f"p{i}", is_prior=True) for i in range(priors)]
+    subjects = sum(n for _, n in shown)
+    assume(subjects)
+    config = DataConfig(Path("x"), class_data=Path("y"), prior_loss_weight=0.5, train_batch_size=size)
+    ranks = [TrainingData(pictures, config, 48, 16, 0, rank, world) for rank in range(world)]
+    most = max(subjects, priors)
+    expected = {(False, f"{i}"): n * (most / subjects if priors else 1) for i, (_, n) in enumerate(shown) if n}
+    expected |= {(True, f"{i}"): 0.5 * most / priors for i in range(priors)}
+    for epoch in (0, 3):
+        assert epoch_weights(ranks, epoch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_that_is_never_shown_is_refused(folder: Path, tmp_path: Path):
+    paint(tmp_path / "class" / "0_cup" / "a.png")
+    with pytest.raises(ConfigError, match=r"class_data: no picture is shown, every folder has 0 repeats"):
+        dataset(folder, DataConfig(folder, class_data=tmp_path / "class"))
 
 
 def test_without_buckets_all_is_square(folder: Path):
@@ -146,17 +202,3 @@ def test_without_buckets_all_is_square(folder: Path):
 def test_settings_without_meaning_are_refused(wrong: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         DataConfig(data=Path("x"), **wrong)
-
-
-def test_the_fingerprint_sees_what_changes_batches(folder: Path):
-    config = DataConfig(data=folder)
-    prints = {dataset(folder, c).fingerprint for c in (config, replace(config, caption_dropout=0.1))}
-    prints.add(dataset(folder, config, resolution=64).fingerprint)
-    (folder / "0.txt").write_text("new")
-    prints.add(dataset(folder, config).fingerprint)
-    paint(folder / "1.png", seed=99)
-    prints.add(dataset(folder, config).fingerprint)
-    assert len(prints) == 5
-    moved = folder.parent / "moved"
-    folder.rename(moved)
-    assert dataset(moved, replace(config, data=moved, cache_dir=Path("x"))).fingerprint in prints

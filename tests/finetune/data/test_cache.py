@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.data.batches import DataConfig
 from finetune.data.buckets import prepare
 from finetune.data.cache import LatentCache, TextCache, weights_hash
+from finetune.data.config import DataConfig
 from sdkit import AutoencoderKL
 from sdkit.checkpoints.loading import MODELS
 from sdkit.errors import CheckpointError

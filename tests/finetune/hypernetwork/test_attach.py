@@ -97,7 +97,9 @@ def test_pictures_are_those_of_diffusers_with_a1111s_formula(
 def test_multiplier_0_and_a_removed_one_leave_exactly_the_base(sd: StableDiffusion, base: Tensor, files: Path):
     for name in ("fur", "ink"):
         load_hypernetwork(sd, files / f"{name}.pt", 0.0)
-    assert torch.equal(latents(sd), base)
+    sd.known_adapters.clear()  # of tests before
+    with pytest.warns(UserWarning, match="loaded, but does nothing: its scale is 0"):
+        assert torch.equal(latents(sd), base)
     finetune.set_scale(sd, 0.5)
     both = latents(sd)
     assert {name: network.multiplier for name, network in list_hypernetworks(sd).items()} == {"fur": 0.5, "ink": 0.5}
@@ -195,7 +197,9 @@ def test_one_that_is_trained_gets_gradients_through_the_unet(sd: StableDiffusion
 def test_prompts_weigh_them(sd: StableDiffusion, base: Tensor, files: Path):
     load_hypernetwork(sd, files / "fur.pt", 0.0)
     load_hypernetwork(sd, files / "ink.pt", 0.0, name="ink v1.2")
-    assert torch.equal(latents(sd), base)
+    sd.known_adapters.clear()
+    with pytest.warns(UserWarning, match="loaded, but does nothing: its scale is 0"):
+        assert torch.equal(latents(sd), base)
     finetune.set_scale(sd, 0.7, "fur")
     weighed = latents(sd)
     finetune.set_scale(sd, 0.2, "fur")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import finetune
-from finetune.data.folders import read_folder
+from finetune.data.folders import Rules, read_folder
 from finetune.pretrain import compare, compare_decoder
 from finetune.pretrain.compare import BASE, STEPS, WAYS, Result, Way, folder_of, keep, learning_curves, nbytes, table
 from finetune.pretrain.concept import concept_prompts, write_concept_folder
@@ -48,7 +48,7 @@ def test_the_table_and_the_curves():
 
 def test_pictures_of_the_base_are_drawn_once(tmp_path: Path):
     compare.write_prior(tmp_path / "prior", count=2)
-    found = read_folder(tmp_path / "prior", None, prior=True)
+    found = read_folder(tmp_path / "prior", Rules(prior=True)).pictures
     assert len(found) == 2 and all(p.caption and "zorb" not in p.caption for p in found)
     before = (tmp_path / "prior" / "000.png").stat().st_mtime_ns
     compare.write_prior(tmp_path / "prior", count=5)

@@ -193,7 +193,7 @@ def test_prompts_are_unseen_and_different() -> None:
 
 def test_the_folder_is_what_training_reads(tmp_path: Path) -> None:
     texts = concept.write_concept_folder(tmp_path / "zorbs", 6, seed=4)
-    found = read_folder(tmp_path / "zorbs", None)
+    found = read_folder(tmp_path / "zorbs").pictures
     images, captions_ = concept.concept_pictures(6, 4)
     assert [picture.caption for picture in found] == texts == captions_
     assert images.shape == (6, 3, 64, 64) and images.dtype == torch.float32 and 0 <= images.min() < images.max() <= 1

@@ -8,6 +8,7 @@ from typing import Annotated
 import pytest
 
 from finetune.recipe.command_line import command, to_toml
+from sdkit.checks import Range
 from sdkit.errors import ConfigError, SDKitError
 from tests.finetune.commands import call
 
@@ -16,7 +17,7 @@ from tests.finetune.commands import call
 class Things:
     needed: Annotated[Path, "Required."]
     many: Annotated[tuple[str, ...], "Repeated."] = ("x",)
-    share: Annotated[float | None, "A number or none."] = None
+    share: Annotated[float | None, "A number or none.", Range(0, 5)] = None
 
 
 @dataclass(frozen=True)
@@ -76,5 +77,12 @@ def test_errors_of_users_end_with_status_1_and_others_are_raised():
 
     assert "error: one line" in call(["--needed", "p"], fail(ConfigError("one line")), status=1)
     assert "error: x" in call(["--needed", "p"], fail(SDKitError("x")), status=1)
-    with pytest.raises(ZeroDivisionError):
-        call(["--needed", "p"], fail(ZeroDivisionError()))
+    assert "error: p: Permission denied: change its permissions" in call(
+        ["--needed", "p"], fail(PermissionError(13, "Permission denied", "p")), status=1
+    )
+    full = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    assert "could be written: make room, or write elsewhere" in call(["--needed", "p"], fail(full), status=1)
+    assert call(["--needed", "p"], fail(KeyboardInterrupt()), status=130) == "stopped\n"
+    for bug in (ZeroDivisionError(), RuntimeError("mat1 and mat2"), ConnectionResetError(104, "x")):
+        with pytest.raises(type(bug)):
+            call(["--needed", "p"], fail(bug))

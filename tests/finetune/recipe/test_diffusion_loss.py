@@ -106,6 +106,18 @@ def test_epsilon_at_zero_terminal_snr_is_refused():
         LossConfig(snr_gamma=0.0)
 
 
+def test_a_gamma_that_clamps_nothing_is_refused():
+    for gamma in (1176.0, 1e6):
+        with pytest.raises(
+            ConfigError, match="snr_gamma: does nothing from the schedule's largest SNR on, which is 1175"
+        ):
+            DiffusionLoss(Net(), context, NoiseSchedule(), LossConfig(snr_gamma=gamma))
+    DiffusionLoss(Net(), context, NoiseSchedule(), LossConfig(snr_gamma=1175.0))
+    DiffusionLoss(
+        Net(), context, NoiseSchedule(prediction_type="v_prediction"), LossConfig(snr_gamma=1e6)
+    )  # snr / (snr + 1)
+
+
 def test_a_trained_text_encoder_gets_gradients(monkeypatch: pytest.MonkeyPatch):
     encoder = nn.Embedding(20, 3)
     monkeypatch.setattr(

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from finetune.data.batches import DataConfig
-from finetune.data.folders import read_folder
+from finetune.data.config import DataConfig
+from finetune.data.folders import Rules, read_folder, read_pictures
 from finetune.recipe.run import make_class_pictures
+from sdkit.errors import ConfigError
 from tests.finetune import toy
 from tests.finetune.commands import call, two_pictures
 
@@ -29,12 +30,46 @@ def test_class_pictures_are_made_until_there_are_enough(tmp_path: Path):
             asked.append((prompt, seed))
             return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
 
-    config = DataConfig(tmp_path, class_data=tmp_path / "class", class_prompt="a wall", num_class_images=2)
+    config = DataConfig(tmp_path / "data", class_data=tmp_path / "class", class_prompt="a wall", num_class_images=2)
     make_class_pictures(Model(), config)
     make_class_pictures(Model(), replace(config, num_class_images=3))
     make_class_pictures(Model(), replace(config, num_class_images=0, class_data=None, class_prompt=None))
     assert asked == [("a wall", 0), ("a wall", 1), ("a wall", 2)]
-    assert [p.caption for p in read_folder(tmp_path / "class", "a wall", prior=True)] == ["a wall"] * 3
+    assert [p.caption for p in read_folder(tmp_path / "class", Rules("a wall")).pictures] == ["a wall"] * 3
+
+
+def test_class_pictures_replace_none_and_count_all_that_are_read(tmp_path: Path):
+    class Model:
+        def text_to_image(self, prompt: str, seed: int, progress: bool) -> SimpleNamespace:
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8), (seed, 0, 0))])
+
+    folder = tmp_path / "class"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "class-00001.png").write_bytes(b"not to be lost")
+    for name in ("deep/own.jfif", ".hidden.png"):
+        Image.new("RGB", (8, 8), "blue").save(folder / name, "PNG")
+    (folder / "class-00002.png").symlink_to(tmp_path / "elsewhere.png")
+    config = DataConfig(tmp_path / "data", class_data=folder, class_prompt="a wall", num_class_images=4)
+    make_class_pictures(Model(), config)
+    make_class_pictures(Model(), config)
+    assert (folder / "class-00001.png").read_bytes() == b"not to be lost" and not (tmp_path / "elsewhere.png").exists()
+    made = {p.name: Image.open(p).getpixel((0, 0))[0] for p in folder.glob("class-*.png") if p.name[-5] in "034"}
+    assert made == {"class-00000.png": 0, "class-00003.png": 3}  # named after their seeds
+
+
+@pytest.mark.parametrize("inside", ["data/class", "data/deep/class", "data", ".", "data/.class", "link/class"])
+def test_class_pictures_lie_apart_from_the_others(inside: str, tmp_path: Path):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "deep")
+    place = tmp_path / inside
+    config = DataConfig(tmp_path / "data", class_data=place, class_prompt="a wall", num_class_images=1)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="class_data: expected a folder apart from data"):
+        make_class_pictures(None, config)
+    assert sorted(tmp_path.rglob("*")) == before
+    place.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match="class_data: expected a folder apart from data"):
+        read_pictures(replace(config, num_class_images=0))
 
 
 @pytest.mark.parametrize("name", ["lora", "hypernetwork", "unet"])

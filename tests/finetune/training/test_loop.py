@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import sdkernels
 from finetune.training.history import History
 from finetune.training.loop import make_accelerator, on_the_cpu, train
-from finetune.training.states import load_state, saved_states
+from finetune.training.states import STATE, load_state, save_state, saved_states
 from sdkit.errors import CheckpointError, ConfigError, NumericalError
 from tests.finetune import toy
 from tests.finetune.toy import PLAIN, Killed, Regression, dying, losses, same
@@ -95,16 +95,77 @@ def test_bfloat16_trains_weights_in_float32(tmp_path: Path):
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path):
-    toy.run(tmp_path, PLAIN, identity={"data": "mine"})
-    with pytest.raises(CheckpointError, match=r"data mine, not yours, learning_rate 0\.05, not 0\.1; choose another"):
-        toy.run(tmp_path, replace(PLAIN, learning_rate=0.1), identity={"data": "yours"})
-    longer, history = toy.run(tmp_path, replace(PLAIN, max_train_steps=15, logging_steps=1), identity={"data": "mine"})
+    toy.run(tmp_path, PLAIN, facts={"data": "mine"})
+    message = (
+        r"run with learning_rate 0\.05, now 0\.1, data 'mine', now 'yours'; choose another output folder, or --no-r"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        toy.run(tmp_path, replace(PLAIN, learning_rate=0.1), facts={"data": "yours"})
+    longer, history = toy.run(tmp_path, replace(PLAIN, max_train_steps=15, logging_steps=1), facts={"data": "mine"})
     whole, expected = toy.run(tmp_path / "x", replace(PLAIN, max_train_steps=15))
     assert same(longer, whole) and history.rows == expected.rows
-    with pytest.raises(CheckpointError, match="max_train_steps 12, not 15"):
+    with pytest.raises(CheckpointError, match="max_train_steps 12, now 15"):
         cosine = replace(PLAIN, lr_scheduler="cosine")
         toy.run(tmp_path / "cosine", cosine)
         toy.run(tmp_path / "cosine", replace(cosine, max_train_steps=15))
+
+
+def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path: Path):
+    config = replace(toy.CONFIG, checkpointing_steps=3, checkpoints_total_limit=1)
+    whole, history = toy.run(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        toy.run(tmp_path / "run", replace(config, checkpoints_total_limit=2), batches=dying(20))
+    newest = tmp_path / "run" / "checkpoint-9" / STATE
+    newest.write_bytes(newest.read_bytes()[:2000])
+
+    message = rf"{newest}: .*; kept as {tmp_path}/run/damaged-checkpoint-9, going on from {tmp_path}/run/checkpoint-6"
+    with pytest.warns(UserWarning, match=message):
+        resumed, rest = toy.run(tmp_path / "run", config)
+    assert rest.rows == history.rows and same(resumed, whole)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-12", "damaged-checkpoint-9"]
+
+    (tmp_path / "run" / "checkpoint-12" / STATE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no other state is left"):
+        toy.run(tmp_path / "run", config)
+
+
+def test_a_run_that_has_gone_further_is_refused(tmp_path: Path):
+    toy.run(tmp_path, PLAIN)
+    with pytest.raises(CheckpointError, match="max_train_steps: the run has done 12 already, found 9; choose another"):
+        toy.run(tmp_path, replace(PLAIN, max_train_steps=9))
+
+
+def test_other_parameters_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    toy.run(tmp_path, PLAIN)
+
+    class Renamed(Regression):
+        def __init__(self, dropout: float) -> None:
+            super().__init__(dropout)
+            self.new_name = self.first
+            del self.first
+
+        def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            self.__dict__["first"] = self.new_name
+            return super().forward(batch)
+
+    def wider(dropout: float) -> Regression:
+        network = Regression(dropout)
+        network.last.bias = torch.nn.Parameter(torch.zeros(5))
+        return network
+
+    for network, message in (
+        (Renamed, r"trained others, parameters: added new_name\.bias, new_name\.weight; removed first\.bias, first\.w"),
+        (wider, r"trained others, parameters: last\.bias \(3,\), now \(5,\); choose"),
+    ):
+        monkeypatch.setattr(toy, "Regression", network)
+        with pytest.raises(CheckpointError, match=message):
+            toy.run(tmp_path, PLAIN)
+
+
+def test_a_state_of_an_older_version_is_refused(tmp_path: Path):
+    save_state(tmp_path, 3, {"step": 3, "identity": {}}, keep=1)
+    with pytest.raises(CheckpointError, match="checkpoint-3: a state of version 1"):
+        toy.run(tmp_path, PLAIN)
 
 
 def test_a_run_can_begin_anew(tmp_path: Path):
@@ -170,12 +231,50 @@ def test_the_rate_is_applied_and_a_part_can_have_its_own(tmp_path: Path):
         lambda optimizer, *_: seen.append({len(g["params"]): g["lr"] for g in optimizer.param_groups})
     )
     try:
-        _, history = toy.run(tmp_path, rate_factor=lambda name: 0.1 if name == "last.bias" else 1.0)
+        _, history = toy.run(tmp_path, highest_rate=lambda name: 0.005 if name == "last.bias" else 0.05)
     finally:
         hook.remove()
     rates = [toy.CONFIG.rate(step) for step in range(12)]
     assert [row.learning_rate for row in history.rows] == rates
     assert seen == [{1: pytest.approx(0.1 * rate), 3: pytest.approx(rate)} for rate in rates]
+
+
+def test_a_part_can_train_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A learning rate of 0 for the settings: the course is that of the part's own rate."""
+
+    def last_alone(dropout: float) -> Regression:
+        network = Regression(dropout)
+        network.first.requires_grad_(False)
+        return network
+
+    monkeypatch.setattr(toy, "Regression", last_alone)
+    for scheduler in ("cosine", "linear", "polynomial", "constant"):
+        config = replace(toy.CONFIG, lr_scheduler=scheduler)
+        found, history = toy.run(
+            tmp_path / f"{scheduler}-a", replace(config, learning_rate=0), highest_rate=lambda _: 0.05
+        )
+        expected, theirs = toy.run(tmp_path / f"{scheduler}-b", config)
+        assert same(found, expected) and history.rows == theirs.rows
+
+
+def test_a_rate_of_0_is_refused_for_what_trains(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"learning_rate .of first\.weight.: expected a finite number above 0, found 0"
+    ):
+        toy.run(tmp_path, replace(PLAIN, learning_rate=0))
+
+
+def test_what_gets_no_gradient_is_named_after_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Unused(Regression):
+        def __init__(self, dropout: float) -> None:
+            super().__init__(dropout)
+            self.beside = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(toy, "Regression", Unused)
+    message = "2 of 6 trained parameters have no gradient, .*: beside.weight, beside.bias; leave them out"
+    with pytest.raises(ConfigError, match=message):
+        toy.run(tmp_path, PLAIN)
+    assert saved_states(tmp_path) == []
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path):

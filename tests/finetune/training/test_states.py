@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.training.states import STATE, load_state, remove_states, save_state, saved_states
+from finetune.training.states import (
+    STATE,
+    DamagedState,
+    load_state,
+    newest_state,
+    remove_states,
+    save_state,
+    saved_states,
+    set_aside,
+)
 from sdkit.errors import CheckpointError
 from tests.finetune.toy import Killed
 
@@ -160,3 +169,61 @@ def test_a_damaged_state_is_a_clear_error(tmp_path: Path):
     (folder / STATE).unlink()
     with pytest.raises(CheckpointError, match="not a state"):
         load_state(folder)
+    torch.save([1, 2], folder / STATE)
+    with pytest.raises(DamagedState, match=r"not a state of a training run .it holds a list"):
+        load_state(folder)
+
+
+def test_no_changed_bit_is_taken_for_what_was_written(tmp_path: Path):
+    state = {"step": 1, "x": torch.arange(100.0), "facts": {"a": "b"}}
+    folder = save_state(tmp_path, 1, state, keep=2)
+    whole, found = (folder / STATE).read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        (folder / STATE).write_bytes(changed)
+        try:
+            again = load_state(folder)
+        except DamagedState:
+            found += 1
+        else:  # a bit that says nothing, such as one between the members
+            assert torch.equal(again.pop("x"), state["x"]) and again == {"step": 1, "facts": {"a": "b"}}
+    assert found > len(whole) / 7 / 2
+
+
+def test_the_newest_state_is_the_last_that_is_whole(tmp_path: Path):
+    folders = [save_state(tmp_path, step, {"step": step}, keep=4) for step in (1, 2, 3, 4)]
+    assert newest_state(folders) == (folders[3], {"step": 4}, [])
+    for folder in folders[2:]:
+        (folder / STATE).write_bytes(b"")
+    newest, state, damaged = newest_state(folders)
+    assert (newest, state) == (folders[1], {"step": 2})
+    assert [str(error).split(":")[0] for error in damaged] == [str(f / STATE) for f in (folders[3], folders[2])]
+    for folder in folders[:2]:
+        (folder / STATE).write_bytes(b"PK")
+    with pytest.raises(
+        DamagedState, match=r"checkpoint-4.*checkpoint-1.*no other state is left, --no-resume begins anew"
+    ):
+        newest_state(folders)
+
+
+def test_a_state_that_may_not_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save_state(tmp_path, 1, {"step": 1}, keep=1)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("finetune.training.states.zipfile.ZipFile", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read .Permission denied: change its permissions") as caught:
+        newest_state([folder])
+    assert not isinstance(caught.value, DamagedState)
+
+
+def test_what_is_set_aside_is_neither_counted_nor_replaced(tmp_path: Path):
+    names: list[str] = []
+    for content in ("a", "b", "c"):
+        folder = save_state(tmp_path, 7, {"step": content}, keep=1)
+        names.append(set_aside(folder).name)
+    assert names == ["damaged-checkpoint-7", "damaged-checkpoint-7-1", "damaged-checkpoint-7-2"]
+    remove_states(tmp_path)
+    assert saved_states(tmp_path) == [] and [load_state(tmp_path / name)["step"] for name in names] == ["a", "b", "c"]

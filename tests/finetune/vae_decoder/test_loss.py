@@ -102,7 +102,23 @@ def test_the_error_is_taken_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         made = decoded(loss).float()
         value = loss(batch())
-    assert value.dtype == torch.float32 and value.item() == pytest.approx(loss.reconstruction(made, PIXELS).item())
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(
+        loss.reconstruction(made, PIXELS, torch.ones(2)).item()
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"reconstruction": "l1"}, GAN])
+def test_a_picture_counts_as_its_weight_says(options: dict[str, Any]):
+    """One picture twice at half the weight is the picture once, for value and gradients of both networks."""
+    loss = make_loss(**options)
+    twice = DecoderBatch(LATENTS[[0, 1, 1]], PIXELS[[0, 1, 1]], 5, torch.tensor([1.5, 0.75, 0.75]))
+    once, found = loss(batch(5)), loss(twice)
+    assert found.item() == pytest.approx(once.item(), rel=1e-5)
+    for network in [loss.vae, *([loss.discriminator] if loss.discriminator is not None else [])]:
+        assert relative_error(gradients(found, network), gradients(once, network)) < 1e-4
+    assert loss(DecoderBatch(LATENTS, PIXELS, 5, torch.tensor([2.0, 0.0]))).item() == pytest.approx(
+        loss(DecoderBatch(LATENTS[:1], PIXELS[:1], 5)).item(), rel=1e-5
+    )
 
 
 # The discriminator
@@ -137,7 +153,7 @@ def test_its_loss_reaches_it_alone_and_the_generators_the_decoder_alone():
 def test_the_adaptive_weight_is_bounded():
     loss = make_loss(**GAN)
     made = decoded(loss)
-    value = loss.reconstruction(made, PIXELS)
+    value = loss.reconstruction(made, PIXELS, torch.ones(2))
     assert loss.adaptive_weight(value, 1e-9 * made.sum()).item() == pytest.approx(0.3 * 1e4)
 
 

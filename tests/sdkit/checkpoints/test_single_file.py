@@ -361,6 +361,9 @@ def test_a_text_encoder_in_a_file_of_its_own(prefix: str, sd1: Components, tmp_p
     configs = {"sdkit_config": json.dumps({"text_encoder": text_config(sd1.text_encoder)})}
     path = save(names, tmp_path / "text.safetensors", configs)
     assert_same(text_state_dict(load_text_encoder(path)), text_state_dict(sd1.text_encoder))
+    unknown = names | {f"{prefix}odd.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"not understood: cond_stage_model\.transformer\..*odd\.weight"):
+        load_text_encoder(save(unknown, tmp_path / "odd.safetensors", configs))
     refused = "expected a text encoder of width 768 .SD1. or 1024 .SD2., found 16"
     with pytest.raises(CheckpointError, match=refused):
         load_text_encoder(save(names, tmp_path / "bare.safetensors", {}))

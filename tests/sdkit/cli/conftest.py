@@ -44,7 +44,9 @@ class FakeStableDiffusion:
 
     @classmethod
     def load(cls, path: str, **options: Any) -> FakeStableDiffusion:
-        cls.loaded.append((path, {name: value for name, value in options.items() if value is not None}))
+        given = {name: value for name, value in options.items() if value is not None}
+        cls.loaded.append((path, given))
+        cls.added += [(name, given[name]) for name in ("vae", "text_encoder") if name in given]
         return cls()
 
     def _paint(self, task: str, num_images_per_prompt: int, preview_every: int, **arguments: Any) -> Any:
@@ -68,11 +70,12 @@ class FakeStableDiffusion:
     inpaint = partialmethod(_paint, "inpaint")
     depth_to_image = partialmethod(_paint, "depth_to_image")
 
-    def load_vae(self, path: str) -> None:
-        self.added.append(("vae", path))
-
-    def load_textual_inversion(self, path: str) -> None:
+    def load_textual_inversion(self, path: str) -> str:
         self.added.append(("embedding", path))
+        return "<toy>"
+
+    def triggers_of(self, token: str) -> list[str]:
+        return [token, "toy"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
 from sdkit.errors import CheckpointError
@@ -25,6 +25,33 @@ def test_inspect_a_picture(run: Run) -> None:
     status, out, _ = run("inspect", "a.png")
     assert status == 0 and out == "kind    picture\nprompt  a cube\nseed    123456\n"
     assert json.loads(run("inspect", "a.png", "--json")[1]) == {"kind": "picture", "prompt": "a cube", "seed": 123456}
+
+
+def test_inspect_a_picture_of_another_program(run: Run) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(
+        "parameters", "a cat\nNegative prompt: rain\nSteps: 9, Sampler: Euler, Seed: 3, ENSD: 31337, RNG: CPU"
+    )
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=chunks)
+    status, out, _ = run("inspect", "a.png")
+    assert status == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["kind", "picture", "by", "A1111"],
+        ["prompt", "a", "cat"],
+        ["negative_prompt", "rain"],
+        ["num_inference_steps", "9"],
+        ["seed", "3"],
+        ["sampler", "euler"],
+        ["timestep_spacing", "linspace"],
+        ["not", "followed"],
+        ["ENSD", "31337"],
+        ["RNG", "CPU"],
+    ]
+
+
+def test_inspect_says_what_triggers_an_embedding(run: Run) -> None:
+    torch.save({"<toy>": torch.ones(2, 16)}, "ink.pt")
+    assert "in prompts  <toy>, ink\n" in run("inspect", "ink.pt")[1]
 
 
 def test_inspect_a_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +141,30 @@ def test_convert_rewrites_a_lora_through_the_entry_point(run: Run, tmp_path: Pat
     assert any(".lora_down.weight" in key for key in load_file(b))
     status, _, err = run("convert", a, str(tmp_path / "c.safetensors"))
     assert status == 1 and "--format" in err
+
+
+def test_convert_casts_a_lora(run: Run, tmp_path: Path) -> None:
+    """In its own format, or another; options that say nothing about a LoRA are refused."""
+    import finetune
+
+    sd = StableDiffusion.from_pretrained("tabletop", device="cpu")
+    for parameter in finetune.add_lora(sd, rank=2, alpha=3):
+        parameter.data.normal_()
+    finetune.save_lora(sd, tmp_path / "kohya.safetensors", format="kohya")
+    finetune.save_lora(sd, tmp_path / "peft", format="peft")
+    wide = load_file(tmp_path / "kohya.safetensors")
+    for source, more in (("kohya.safetensors", ()), ("peft", ("--format", "kohya"))):
+        target = tmp_path / f"{source}-half.safetensors"
+        options = ("--dtype", "float16", "--model", "tabletop", *more)
+        assert run("convert", tmp_path / source, target, *options)[1] == f"{target}  as kohya\n"
+        half = load_file(target)
+        assert half.keys() == wide.keys() and {v.dtype for v in half.values() if v.dim()} == {torch.float16}
+        assert all(torch.equal(half[k], v.half() if v.dim() else v) for k, v in wide.items())
+
+    for options, message in (
+        (("--format", "kohya", "--prediction", "epsilon"), "--prediction: only for models"),
+        (("--prediction", "epsilon"), "found LoRA (kohya) (--format converts LoRAs)"),
+        (("--model", "tabletop"), "--model: only for adapters that are rewritten by --format"),
+    ):
+        status, _, err = run("convert", tmp_path / "kohya.safetensors", tmp_path / "no.safetensors", *options)
+        assert status == 1 and message in err and not (tmp_path / "no.safetensors").exists()

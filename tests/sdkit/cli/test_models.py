@@ -7,6 +7,9 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sdkit import adapter_kinds
 from sdkit.adapter_kinds import AdapterKind
@@ -19,6 +22,37 @@ def test_the_prediction_is_for_single_files_alone(run: Run, fake: type[FakeStabl
     assert fake.loaded == [("some/v1-5.safetensors", {"prediction_type": "epsilon"})]
     status, _, err = run("txt2img", "x", "--model", "some/v1.5", "--prediction", "epsilon")
     assert status == 1 and "--prediction: only for single files; some/v1.5 says it itself" in err
+
+
+def test_zero_snr_is_for_single_files_alone_and_goes_into_the_picture(
+    run: Run, fake: type[FakeStableDiffusion]
+) -> None:
+    for flag, value in (("--zero-snr", True), ("--no-zero-snr", False)):
+        assert run("txt2img", "x", "--model", "v.safetensors", flag, "--out", f"{value}.png")[0] == 0
+        assert fake.loaded[-1] == ("v.safetensors", {"zero_snr": value})
+        assert run("reproduce", f"{value}.png", "again.png")[0] == 0
+        assert fake.loaded[-1] == ("v.safetensors", {"zero_snr": value})
+    status, _, err = run("txt2img", "x", "--zero-snr")
+    assert status == 1 and "--zero-snr: only for single files; tabletop says it itself" in err
+
+
+def test_a_model_without_a_vae_is_drawn_and_converted_with_one(run: Run, tiny: Path) -> None:
+    assert run("convert", tiny, "whole.safetensors")[0] == 0
+    with safe_open("whole.safetensors", "pt") as file:
+        state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({k: v for k, v in state.items() if not k.startswith("first_stage")}, "bare.safetensors", metadata)
+
+    assert "lacks       VAE" in run("inspect", "bare.safetensors")[1]
+    quick = ("--model", "bare.safetensors", "--device", "cpu", "--steps", "2", "--seed", "1")
+    status, _, err = run("txt2img", "x", *quick)
+    assert status == 1 and "has no VAE (first_stage_model.…): give one (vae=, --vae)" in err
+    parts = ("--vae", "whole.safetensors", "--text-encoder", str(tiny))
+    assert run("txt2img", "x", *quick, *parts)[0] == 0
+    assert run("reproduce", "out.png", "again.png", "--device", "cpu")[0] == 0
+    assert Path("out.png").read_bytes() == Path("again.png").read_bytes()
+    assert run("convert", "bare.safetensors", "mended.safetensors", "--vae", "whole.safetensors")[0] == 0
+    mended = load_file("mended.safetensors")
+    assert mended.keys() == state.keys() and all(torch.equal(mended[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("device", ["warp9", "cuda:99", "meta", "cpu:x"])

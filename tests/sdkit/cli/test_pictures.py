@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
 
+from sdkit import adapter_kinds
+from sdkit.adapter_kinds import AdapterKind
+from sdkit.cli import main as cli
 from sdkit.generation.png import read_parameters, write_png
 from tests.conftest import read_image
 from tests.sdkit.cli.conftest import FakeStableDiffusion, Run
+from tests.sdkit.generation.test_comfyui import FACTS, WORKFLOW
 
 
 def test_defaults_and_the_film_strip(run: Run, fake: type[FakeStableDiffusion]) -> None:
@@ -93,3 +103,96 @@ def test_image_tasks_end_to_end_and_again(run: Run, tiny: Path) -> None:
     Path("a.png").unlink()
     status, _, err = run("reproduce", "b.png", "again.png", "--device", "cpu")
     assert status == 1 and "a.png: no such file" in err and not Path("again.png").exists()
+
+
+def save_with(name: str, **texts: str) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)
+    Image.new("RGB", (8, 8)).save(name, pnginfo=chunks)
+
+
+INFOTEXT = (
+    "a [cat:dog:0.5] AND rain :0.5\nNegative prompt: [snow|fog]\nSteps: 4, Sampler: Euler, CFG scale: 6, Seed: 3, "
+    "Size: 24x16, Model hash: abc, Model: theirs, Clip skip: 2, ENSD: 31337"
+)
+
+
+def test_reproduce_draws_what_a1111_says(run: Run, tiny: Path) -> None:
+    save_with("theirs.png", parameters=INFOTEXT)
+    status, _, err = run("reproduce", "theirs.png", "again.png")
+    assert status == 1 and "theirs.png: made by A1111: give its model, called theirs, by --model" in err
+    status, _, err = run("reproduce", "theirs.png", "again.png", "--model", tiny, "--device", "cpu")
+    assert status == 0, err
+    assert err.splitlines() == [
+        f"theirs.png: not followed: {pair}" for pair in ("Model hash: abc", "Model: theirs", "ENSD: 31337")
+    ]
+    options = ("--negative", "[snow|fog]", "--steps", "4", "--sampler", "euler", "--guidance", "6", "--seed", "3")
+    options += ("--width", "24", "--height", "16", "--clip-skip", "1", "--spacing", "linspace")
+    common = ("--model", tiny, "--device", "cpu")
+    assert run("txt2img", "a [cat:dog:0.5] AND rain :0.5", *options, *common, "--out", "ours.png")[0] == 0
+    assert np.array_equal(np.asarray(read_image("again.png")), np.asarray(read_image("ours.png")))
+    assert read_parameters("again.png") == read_parameters("ours.png")
+    assert run("reproduce", "again.png", "once-more.png", "--device", "cpu")[0] == 0
+    assert read_parameters("once-more.png") == read_parameters("again.png")
+
+
+def test_reproduce_draws_what_comfyui_says(run: Run, fake: type[FakeStableDiffusion]) -> None:
+    save_with("theirs.png", prompt=json.dumps(WORKFLOW), workflow="{}")
+    Path("ink.v2.safetensors").write_text("x")
+    status, _, err = run("reproduce", "theirs.png", "again.png", "--model", "m")
+    assert (status, err) == (0, "") and fake.loaded == [("m", {})]
+    assert {name: fake.calls[0][name] for name in FACTS} == FACTS
+
+
+def test_reproduce_puts_in_the_files_that_are_given(
+    run: Run, fake: type[FakeStableDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ink.pt", "toy.pt", "v.pt"):
+        Path(name).write_text(name)
+    module = types.ModuleType("tests.ink_verbs")
+    module.load = lambda sd, path, weight: sd.added.append(("lora", path, weight))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(adapter_kinds, "_installed", lambda: (AdapterKind("lora", tag="lora", verbs=module.__name__),))
+    save_with("theirs.png", parameters=INFOTEXT)
+    files = ("--lora", "ink.pt:0.5", "--embedding", "toy.pt", "--vae", "v.pt")
+    status, out, _ = run("reproduce", "theirs.png", "again.png", "--model", "m", *files)
+    assert status == 0 and out.startswith("toy.pt  in prompts: <toy>, toy\nagain.png  seed 3")
+    assert fake.added == [("vae", "v.pt"), ("lora", "ink.pt", 0.5), ("embedding", "toy.pt")]
+    assert read_parameters("again.png")["lora"] == ["ink.pt:0.5"]
+
+
+def test_reproduce_refuses_what_is_not_there(run: Run, fake: type[FakeStableDiffusion]) -> None:
+    whole = {"prompt": "x", "seed": 1, "num_inference_steps": 2, "model": "m"}
+    save_with("img2img.png", parameters="a\nSteps: 4, Seed: 3, CFG scale: 7, Denoising strength: 0.5")
+    save_with("damaged.png", prompt="{")
+    write_png(Image.new("RGB", (8, 8)), "ink.png", whole | {"adapters": {"lora": {"ink": 0.5}}})
+    write_png(Image.new("RGB", (8, 8)), "toy.png", whole | {"triggers": ["<toy>"]})
+    write_png(Image.new("RGB", (8, 8)), "array.png", whole | {"not_held": ["depth_map"]})
+    for name, message in (
+        ("img2img.png", "the metadata lacks image"),
+        ("damaged.png", "damaged ComfyUI metadata"),
+        ("ink.png", "made with lora ink, of which no file is known: give --lora"),
+        ("toy.png", "made with embedding <toy>, of which no file is known: give --embedding"),
+        ("array.png", "made with depth_map, which no metadata can hold"),
+    ):
+        status, _, err = run("reproduce", name, "b.png", "--model", "m")
+        assert status == 1 and f"{name}: {message}" in err and err.count("\n") == 1
+    Path("toy.pt").write_text("x")
+    assert run("reproduce", "toy.png", "b.png", "--embedding", "toy.pt")[0] == 0
+    assert len(fake.calls) == 1
+
+
+def test_embeddings_and_warnings_are_told(tiny: Path, tmp_path: Path) -> None:
+    """What triggers an embedding; and one line for a warning, without the place in our code."""
+    torch.save({"<toy>": torch.ones(2, 16)}, tmp_path / "ink.pt")
+    root = Path(cli.__file__).parents[2]
+    command = [sys.executable, "-m", "sdkit", "txt2img", "a cat", "--model", str(tiny), "--device", "cpu"]
+    command += ["--embedding", "ink.pt", "--steps", "1", "--guidance", "0"]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ink.pt  in prompts: <toy>, ink\nout.png  seed ")
+    assert done.stderr.splitlines() == [
+        "sdkit: warning: prompt: ignored at guidance_scale 0, which is unconditional",
+        "sdkit: warning: embedding '<toy>' or 'ink': loaded, but in no prompt and no negative prompt",
+    ]

@@ -1,16 +1,27 @@
 """The arguments of the tasks: declared once, and everything else follows from that."""
 
 import inspect
+import math
 from dataclasses import fields
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
-from sdkit.generation.noise import Generators
-from sdkit.generation.options import TASKS, Options, Settings, declarations
+from sdkit.generation.noise import Generators, image_seeds
+from sdkit.generation.options import (
+    TASKS,
+    Argument,
+    Option,
+    Options,
+    Settings,
+    TaskKind,
+    check_argument,
+    declarations,
+    is_whole,
+)
 from sdkit.sampling.guidance import Classifier
 from sdkit.stable_diffusion import StableDiffusion
 from sdkit.viewing.previews import PreviewMode
@@ -48,12 +59,72 @@ def test_every_task_takes_what_is_declared_with_the_same_default(task: str) -> N
         assert argument.is_required or default == argument.default, argument.name
 
 
-def test_ranges_are_those_declared() -> None:
-    for name, declared in declarations(Settings).items():
-        if declared.low is not None:
-            with pytest.raises(ConfigError, match=f"{name}: expected a whole number of at least {declared.low:g}"):
-                Settings(**{name: int(declared.low) - 1})
-            Settings(**{name: int(declared.low)})
+NUMBERS = {f.name: f for f in fields(Settings) if is_whole(f.type) is not None}
+OWN = [
+    (task, argument) for task in TASKS.values() for argument in task.arguments if is_whole(argument.type) is not None
+]
+
+
+def outside(declared: Option, whole: bool | None) -> list[float]:
+    """Numbers on both sides of the range, as near as whole numbers or floats come, and those that are never inside."""
+    assert declared.range is not None
+    low, high = declared.range.low, declared.range.high
+    found = [math.nan, math.inf, -math.inf]
+    if math.isfinite(low):
+        found.append(low if declared.range.above else low - 1 if whole else math.nextafter(low, -math.inf))
+    if math.isfinite(high):
+        found.append(high if declared.range.below else high + 1 if whole else math.nextafter(high, math.inf))
+    return found
+
+
+def test_every_number_has_a_range() -> None:
+    declared = [NUMBERS[name].metadata["option"] for name in NUMBERS] + [argument.option for _, argument in OWN]
+    assert len(NUMBERS) >= 18 and len(OWN) >= 7 and all(option.range is not None for option in declared)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_outside_of_their_range_are_refused(name: str) -> None:
+    option, whole = NUMBERS[name].metadata["option"], is_whole(NUMBERS[name].type)
+    for number in outside(option, whole):
+        with pytest.raises(ConfigError, match="expected"):
+            refused(name, number)
+
+
+def refused(name: str, number: float) -> None:
+    """Ask for it, and for whatever looks at the numbers that come several at once."""
+    if name == "guidance_interval":
+        assert not (number == math.inf and Settings(guidance_interval=(1.0, number)).guidance.interval is None)
+        Settings(guidance_interval=(number, 5.0)).guidance  # noqa: B018
+    elif name == "class_labels":
+        Settings(class_labels=[number], classifier=lambda x, t: x).guidance  # noqa: B018
+    elif name in ("seed", "variation_seed"):
+        image_seeds(number, 1, name)
+    else:
+        Settings(**{name: number})
+
+
+@pytest.mark.parametrize(("task", "argument"), OWN, ids=lambda value: getattr(value, "name", ""))
+def test_arguments_outside_of_their_range_are_refused(task: TaskKind, argument: Argument) -> None:
+    for number in outside(argument.option, is_whole(argument.type)):
+        with pytest.raises(ConfigError, match=f"{argument.name}: expected"):
+            check_argument(task.method, argument.name, number)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"classifier_scale": 2.0}, "classifier_scale: does nothing without classifier; leave it out, found 2.0"),
+        ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_rescale: does nothing at guidance_scale 1"),
+        ({"guidance_interval": (0, 1), "guidance_scale": 0}, "guidance_interval: does nothing at guidance_scale 0"),
+        ({"preview_mode": "fast"}, "preview_mode: does nothing without preview_every"),
+        ({"hires_strength": 0.5}, "hires_strength: does nothing without hires_scale"),
+        ({"hires_steps": 5}, "hires_steps: does nothing without hires_scale"),
+        ({"hires_upscaler": "nearest"}, "hires_upscaler: does nothing without hires_scale"),
+    ],
+)
+def test_what_nothing_reads_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model().text_to_image("a cat", **given)
 
 
 def test_metadata_holds_what_is_remembered() -> None:

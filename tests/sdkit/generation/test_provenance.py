@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from sdkit.errors import SDKitError
 from sdkit.generation.png import read_parameters, write_png
@@ -78,3 +80,40 @@ def test_what_no_metadata_can_hold_is_said(sd: StableDiffusion, inputs: None) ->
         arguments_of(guided.images[0].info, "x.png")
     with pytest.raises(SDKitError, match="expected one of the tasks text_to_image"):
         arguments_of({"task": "magic"}, "x.png")
+
+
+def test_edited_and_composed_prompts_are_made_again(sd: StableDiffusion, inputs: None) -> None:
+    prompt, shared = "a [cat:dog:0.5] AND rain :-0.3", {"num_inference_steps": 4, "progress": False}
+    out = sd.text_to_image(prompt, "[snow|fog]", seed=5, hires_scale=1.5, **shared)
+    write_png(out.images[0], "made.png", out.images[0].info)
+    found, again = arguments_of(read_parameters("made.png"), "made.png")
+    assert again["prompt"] == prompt and again["negative_prompt"] == "[snow|fog]"
+    assert getattr(sd, found)(**again, progress=False).images[0].tobytes() == out.images[0].tobytes()
+
+
+def test_what_went_in_and_cannot_be_held_is_refused_by_name(sd: StableDiffusion, inputs: None) -> None:
+    """Where the rest of the metadata would quietly make another picture."""
+    settings: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "progress": False}
+    deep, depth = model(channels=5), np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    made = {
+        "negative_prompt_embeds": sd.text_to_image("a cat", negative_prompt_embeds=torch.zeros(1, 77, 32), **settings),
+        "depth_map": deep.depth_to_image("a cat", "a.png", depth, **settings),
+        "callback_on_step_end": sd.text_to_image("a cat", callback_on_step_end=lambda *call: "stop", **settings),
+    }
+    for name, out in made.items():
+        facts = json.loads(json.dumps(out.images[0].info))
+        with pytest.raises(SDKitError, match=rf"x\.png: made with {name}, which no metadata can hold"):
+            arguments_of(facts, "x.png")
+    watched = sd.text_to_image("a cat", callback_on_step_end=lambda *call: None, **settings).images[0].info
+    assert "not_held" not in watched and arguments_of(watched, "x.png")
+    Image.fromarray((depth * 255).astype(np.uint8)).save("d.png")
+    assert "not_held" not in deep.depth_to_image("a cat", "a.png", "d.png", **settings).images[0].info
+
+
+def test_adapters_and_triggers_without_a_file_are_remembered(
+    sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"num_inference_steps": 1, "seed": 1, "progress": False}
+    monkeypatch.setattr(sd, "textual_inversions", {"toy": torch.ones(1, 32), "ink": torch.ones(2, 32)})
+    facts = sd.text_to_image("a Toy", "styles", **settings).images[0].info
+    assert facts["triggers"] == ["toy"] and "adapters" not in facts

@@ -20,7 +20,8 @@ from sdkit.prompts.tags import ExtraNetwork, split_extra_networks
         ),
         ("(cat <LoRA:a:1>:1.3)", "(cat :1.3)", [ExtraNetwork("lora", "a", 1.0)]),
         ("<lora:a><lora:a:0>", "", [ExtraNetwork("lora", "a", 1.0), ExtraNetwork("lora", "a", 0.0)]),
-        ("a <cat-toy> <lora> <other:x:1> 1 < 2 > 0", "a <cat-toy> <lora> <other:x:1> 1 < 2 > 0", []),
+        ("a <cat-toy> <lora> 1 < 2: so > 0", "a <cat-toy> <lora> 1 < 2: so > 0", []),
+        ("a <lyco:ink:0.8> <LyCO:fur> cat", "a   cat", [ExtraNetwork("lora", "ink", 0.8), ExtraNetwork("lora", "fur")]),
     ],
 )
 def test_tags_are_taken_out(prompt: str, rest: str, networks: list[ExtraNetwork]) -> None:

@@ -16,6 +16,7 @@ from sdkit.sampling.guidance import (
     classifier_gradient,
     classifier_guidance,
     combine,
+    compose,
     guide,
     rescale,
     threshold,
@@ -290,3 +291,21 @@ def test_classifier_guidance_is_classifier_free_guidance_on_a_mixture(scale: flo
     torch.testing.assert_close(guided, combine(uncond, cond, scale), rtol=1e-12, atol=1e-12)
     one = classifier_guidance(uncond[1], gradient[1], float(acp[1]), scale)
     torch.testing.assert_close(one, guided[1], rtol=1e-12, atol=1e-12)
+
+
+def test_composition_is_the_papers_sum() -> None:
+    """arXiv 2206.01714: uncond + the sum of w_i (cond_i - uncond), each image with prompts of its own."""
+    uncond, conds = (torch.randn(n, 4, 3, 3, generator=torch.Generator().manual_seed(n)).half() for n in (3, 6))
+    weights = [(1.0,), (0.5, -0.7, 2.0), (0.4, 0.6)]
+    u, c = uncond.double(), conds.double()
+    expected = torch.stack([
+        c[0],
+        u[1] + 0.5 * (c[1] - u[1]) - 0.7 * (c[2] - u[1]) + 2 * (c[3] - u[1]),
+        0.4 * c[4] + 0.6 * c[5],
+    ])  # fmt: skip
+    composed = compose(uncond, conds, weights)
+    assert composed.dtype == torch.float32
+    torch.testing.assert_close(composed.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(compose(None, conds[:2], [(0.4, 0.6)])[0].double(), 0.4 * c[0] + 0.6 * c[1])
+    assert compose(uncond, conds[:3], [(1.0,)] * 3) is not uncond
+    assert torch.equal(compose(uncond, conds[:3], [(1.0,)] * 3), conds[:3])

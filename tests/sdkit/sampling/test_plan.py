@@ -19,6 +19,7 @@ from sdkit.sampling.plan import Plan, denoise
 from sdkit.sampling.planning import make_plan
 from sdkit.sampling.samplers import SAMPLERS
 from sdkit.sampling.schedule import NoiseSchedule
+from sdkit.sampling.steps import Steps
 
 SHAPE = (2, 4, 5, 3)
 
@@ -338,3 +339,21 @@ def test_a_plan_is_data() -> None:
     assert [float(word) for word in lines[2].split()[5:]] == pytest.approx(plan.coefficients[0, 0].tolist(), rel=1e-5)
     with pytest.raises(ConfigError, match="plan"):
         Plan.from_dict({"sampler": "ddim"})
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_calls_know_their_step(name: str, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step begins with the last call that is made at its point; heun's first look there is the step before's."""
+    made: list[int | None] = []
+    call = Steps.call
+
+    def watched(self: Steps, at: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(at if isinstance(at, int) else None)
+        return call(self, at, *arguments, **options)
+
+    monkeypatch.setattr(Steps, "call", watched)
+    plan = make_plan(name, NoiseSchedule(), num_steps)
+    begins = {point: k for k, point in enumerate(made) if point is not None}
+    expected = [sum(begins[point] <= k for point in range(1, num_steps)) for k in range(len(made))]
+    assert plan.steps == expected and max(plan.steps) == num_steps - 1

@@ -40,6 +40,7 @@ SAMPLERS = [
     "dpm2",
     "dpm2_a",
     "dpmpp_2m",
+    "dpmpp_2s",
     "dpmpp_2s_a",
     "dpmpp_sde",
     "dpmpp_2m_sde",

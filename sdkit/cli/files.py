@@ -47,7 +47,7 @@ def convert(
     from sdkit.checkpoints.loading import FORMATS, SUFFIXES, VAE_FORMATS, format_of, load, save
 
     options = {"prediction_type": prediction, "zero_snr": zero_snr, "vae": vae, "text_encoder": text_encoder}
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
 
     suffix = target.suffix.lower()
     if suffix in SUFFIXES[1:]:

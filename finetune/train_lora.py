@@ -16,7 +16,7 @@ from finetune.data.config import DataConfig
 from finetune.lora.adapters import without_adapters
 from finetune.lora.attach import add_lora
 from finetune.lora.continuing import continue_lora, copy_in, keep_copy
-from finetune.lora.saving import save_lora
+from finetune.lora.saving import check_can_save, save_lora
 from finetune.options import check_options, refuse_unread_options
 from finetune.recipe.command_line import command
 from finetune.recipe.diffusion_loss import LossConfig, TrainedText
@@ -81,9 +81,11 @@ def main(
     expect(bool(some), "learning_rate", "a number above 0, or a text_encoder_lr to train that alone", 0)
 
     def adapt(sd: StableDiffusion, _: object) -> Student:
-        goes_on = config.resume and bool(saved_states(model.output))
-        start = copy_in(lora.init_lora, model.output) if lora.init_lora and goes_on else lora.init_lora
+        goes_on, start = config.resume and bool(saved_states(model.output)), lora.init_lora
+        if goes_on and start is not None and (copy := copy_in(start, model.output)).exists():
+            start = copy
         add_adapter(sd, lora, start, unet=config.learning_rate > 0, clip_skip=model.clip_skip)
+        check_can_save(sd, "default", lora.format)
         if lora.init_lora and not goes_on:
             keep_copy(lora.init_lora, model.output)
         return Student(

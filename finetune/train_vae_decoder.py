@@ -21,7 +21,7 @@ from finetune.data.batches import TrainingData
 from finetune.data.buckets import prepare
 from finetune.data.cache import LatentCache, View, weights_hash
 from finetune.data.config import DataConfig, Latents
-from finetune.data.folders import read_pictures
+from finetune.data.folders import check_output, read_pictures
 from finetune.options import check_options
 from finetune.recipe.command_line import command, to_toml
 from finetune.recipe.facts import data_facts
@@ -133,10 +133,13 @@ def main(
     """Fine-tune the VAE's decoder on a folder of pictures; the encoder stays as it is."""
     accelerator = make_accelerator(config)
     check(accelerator, loss_config, config, sampling)
+    check_output(model.output, data_config.config())
 
     vae = loading.load_vae(model.model, dtype=torch.float32).to(accelerator.device)
     data = training_data(vae, data_config.config(), config.seed, accelerator.process_index, accelerator.num_processes)
     shown = validation_views(vae, data_config)
+    if data_config.validation_data is not None:
+        check_not_trained_on(shown, data)
     weights = weights_hash(vae)
 
     torch.manual_seed(config.seed)
@@ -212,6 +215,15 @@ def validation_views(vae: AutoencoderKL, config: DecoderData) -> list[View]:
     whole = replace(config, data=config.validation_data or config.data, random_crops=0, random_flip=False)
     views = training_data(vae, whole.config(), seed=0).views()
     return views[:64] if config.validation_data is None else views
+
+
+def check_not_trained_on(views: Sequence[View], data: TrainingData) -> None:
+    """Raise ConfigError for pictures that are among those of the training too, by their content."""
+    trained = {picture.digest: picture.path for picture in data.pictures}
+    for picture, *_ in views:
+        if picture.digest in trained:
+            found = f"{picture.path}, which is {trained[picture.digest]}"
+            raise ConfigError(f"validation_data: expected pictures that are not trained on, found {found}")
 
 
 def pixels(view: View) -> Tensor:

@@ -156,6 +156,16 @@ def check_apart(data: Path, class_data: Path) -> None:
         raise ConfigError(f"class_data: expected a folder apart from data, found {shared[0]} in both")
 
 
+def check_output(output: Path, config: DataConfig) -> None:
+    """Raise ConfigError where a run's output would lie among its pictures, be it by links: the next run would take its
+    sheets for pictures. The folder need not be there yet."""
+    real = Path(os.path.realpath(output))
+    for folder in (config.data, config.class_data):
+        inside = walk(folder).folders if folder is not None and folder.is_dir() else {}
+        if any(above in inside for above in (real, *real.parents)):
+            raise ConfigError(f"output: expected a folder outside of {folder}, whose pictures train, found {output}")
+
+
 def _look(
     path: Path, folder: Path, rules: Rules, rows: Mapping[Path, Entry], files: CaptionFiles
 ) -> Picture | list[str]:

@@ -42,10 +42,15 @@ def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleO
     if up.shape[1] != down.shape[0] or up.shape[0] != shape[0] or down.shape[1] != shape[1:].numel():
         found = f"[{up.shape[0]}, {up.shape[1]}] @ [{down.shape[0]}, {down.shape[1]}]"
         raise CheckpointError(f"expected an update of [{shape[0]}, {shape[1:].numel()}], found {found}")
-    if not bool(up.isfinite().all() and down.isfinite().all()):
+    if not len(down):
+        raise CheckpointError("expected a rank of at least 1, found 0")
+
+    scale, magnitude = scale_of(rank), _magnitude(parts, shape)
+    numbers = (up, down, torch.tensor(scale), *(() if magnitude is None else (magnitude,)))
+    if not all(bool(part.isfinite().all()) for part in numbers):
         raise CheckpointError("expected finite numbers, found NaN or infinity")
 
-    return LowRankUpdate(*shaped(factors, shape), scale=scale_of(rank), magnitude=_magnitude(parts, shape))
+    return LowRankUpdate(*shaped(factors, shape), scale=scale, magnitude=magnitude)
 
 
 def _plain(parts: Mapping[str, Tensor]) -> Factors:

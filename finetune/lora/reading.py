@@ -44,6 +44,7 @@ ROLES = {
 """The end of a key, and the tensor's role in its module."""
 BIASES = ("diff_b", "b_norm")
 """Roles of a module's bias."""
+SINGLE_NUMBERS = {"alpha", "scalar", "on_input"}
 
 UpdatesRead = dict[Target, LowRankUpdate | WeightChange]
 
@@ -146,6 +147,7 @@ def _update(
     target: Target, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: str
 ) -> LowRankUpdate | WeightChange:
     try:
+        _check_single(parts)
         family = family_of(parts)
         if family is not None:
             check_parts(family, parts, target.shape)
@@ -153,6 +155,12 @@ def _update(
         return _low_rank(target, parts, config)
     except (CheckpointError, RuntimeError, IndexError) as error:  # torch's on tensors that do not fit each other
         raise CheckpointError(f"{where}: {target.diffusers}: {one_line(error)}") from None
+
+
+def _check_single(parts: Mapping[str, Tensor]) -> None:
+    for role in SINGLE_NUMBERS & parts.keys():
+        if parts[role].numel() != 1:
+            raise CheckpointError(f"expected one number as {role}, found the shape {list(parts[role].shape)}")
 
 
 def _low_rank(target: Target, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRankUpdate:
@@ -168,11 +176,14 @@ def _low_rank(target: Target, parts: Mapping[str, Tensor], config: Mapping[str, 
 
 def _scale_in(config: Mapping[str, Any], target: Target, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), by a peft config; 1 when there is none."""
-    alpha = _pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", config.get("alpha")))
-    rank = rank or int(config.get("r", 0))
-    if alpha is None or not rank:
-        return 1.0
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        alpha = _pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", config.get("alpha")))
+        rank = rank or int(_pattern(config.get("rank_pattern"), target, config.get("r", 0)))
+        if alpha is None or not rank:
+            return 1.0
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"expected numbers as alpha and rank in its config ({one_line(error)})") from None
 
 
 def _pattern(patterns: Mapping[str, Any] | None, target: Target, default: Any) -> Any:

@@ -10,7 +10,7 @@ from finetune.lora.adapters import layers_of, list_adapters
 from finetune.lora.in_place import own_value, state_of
 from finetune.lora.names import module_key
 from finetune.lora.update import AnyUpdates
-from finetune.lora.writing import plain_updates, write_lora
+from finetune.lora.writing import check_format, plain_updates, write_lora
 from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ def save_lora(
         updates = plain_updates(updates, lambda target: own_value(sd, target), format)
     beside = state_of(sd).adapters.get(name)
     write_lora(updates, path, format, facts, words=beside.words if beside else {})
+
+
+def check_can_save(sd: DiffusionModel, name: str, format: str) -> None:
+    """Raise ConfigError where `save_lora` will, for what the format cannot hold; of an adapter that trains, which has
+    no changes of weights."""
+    beside = state_of(sd).adapters.get(name)
+    check_format(updates_of(sd, name), format, beside.words if beside else {})
 
 
 def updates_of(sd: DiffusionModel, name: str) -> AnyUpdates:

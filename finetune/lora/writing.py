@@ -45,14 +45,10 @@ def write_lora(
     Raises ConfigError for what the format or the dtype cannot hold. Only kohya's has a place for words and for changes
     of weights; `plain_updates` rewrites these.
     """
-    check_choice("format", format, FORMATS)
-    low_rank, changes = split_updates(updates)
     if not updates:
         raise ConfigError(f"{path}: there is no adapter to write")
-    if format != "kohya" and (words or changes):
-        found = [f"{target.diffusers}.{end}" for target, change in changes.items() for end in change.parts]
-        found += [f"the embedding {word}" for word in words or {}]
-        raise ConfigError(f"{path}: {found[0]}: {format}'s format has no place for it, use kohya's")
+    check_format(updates, format, words or {})
+    low_rank, changes = split_updates(updates)
 
     path, extra = Path(path), dict(metadata or {})
     if format == "kohya":
@@ -63,8 +59,7 @@ def write_lora(
         _write(state, path, _kohya_facts(updates, state) | extra)
         return
 
-    networks = {n: {s: b for s, b in low_rank.items() if s.network == n} for n in ("unet", "text_encoder")}
-    networks = {n: part for n, part in networks.items() if part}
+    networks = _by_network(low_rank)
     configs = {n: _peft_config(part) for n, part in networks.items()}
     if format == "peft":
         for n, part in networks.items():
@@ -77,6 +72,21 @@ def write_lora(
     file = path if path.suffix == ".safetensors" else path / DIFFUSERS_FILE
     state = _cast(_peft_state(low_rank, "diffusers"), dtype, path)
     _write(state, file, {METADATA: json.dumps(flat, sort_keys=True)} | extra)
+
+
+def check_format(updates: AnyUpdates, format: str, words: Iterable[str] = ()) -> None:
+    """Raise ConfigError for what a format cannot hold (`write_lora`), such as before a training that ends with it."""
+    check_choice("format", format, FORMATS)
+    if format == "kohya":
+        return
+
+    low_rank, changes = split_updates(updates)
+    found = [f"{target.diffusers}.{end}" for target, change in changes.items() for end in change.parts]
+    found += [f"the embedding {word}" for word in words]
+    if found:
+        raise ConfigError(f"{found[0]}: {format}'s format has no place for it, use kohya's")
+    for part in _by_network(low_rank).values():
+        _peft_config(part)
 
 
 def plain_updates(updates: AnyUpdates, weight_of: Callable[[Target], Tensor | None], format: str) -> Updates:
@@ -139,6 +149,11 @@ def _peft_state(updates: Updates, spelling: Literal["diffusers", "peft"]) -> dic
             value = update.magnitude if len(target.shape) == 2 else update.magnitude.view(1, -1, 1, 1)
             state[f"{module}.lora_magnitude_vector{end}"] = value
     return state
+
+
+def _by_network(updates: Updates) -> dict[str, Updates]:
+    networks = {n: {s: b for s, b in updates.items() if s.network == n} for n in ("unet", "text_encoder")}
+    return {n: part for n, part in networks.items() if part}
 
 
 def _peft_config(updates: Updates) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from finetune.data.batches import Batch, TrainingData
 from finetune.data.cache import LatentCache, TextCache, weights_hash
 from finetune.data.config import DataConfig
-from finetune.data.folders import check_apart, read_pictures
+from finetune.data.folders import check_apart, check_output, read_pictures
 from finetune.data.walking import walk
 from finetune.options import check_options, refuse_unread_options
 from finetune.recipe.command_line import to_toml
@@ -136,6 +136,8 @@ def teach(
 
     if not sampling.shows:
         refuse_unread("validation_steps", config.validation_steps, None, WITHOUT_SHEETS)
+
+    check_output(model.output, data_config)
 
     accelerator = make_accelerator(config)
     if loss_config.prior_target == "base" and accelerator.is_fsdp2:  # which waits until all processes ask

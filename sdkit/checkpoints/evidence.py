@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sdkit.errors import CheckpointError, ConfigError
+from sdkit.errors import CheckpointError, ConfigError, one_line
 from sdkit.sampling.schedule import NoiseSchedule
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Evidence:
 
     source: str
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    is_preset: bool = False
 
 
 def first_to_say(name: str, sources: list[Evidence]) -> Evidence | None:
@@ -56,7 +57,7 @@ def first_to_say(name: str, sources: list[Evidence]) -> Evidence | None:
 def decide(sources: list[Evidence], where: str) -> dict[str, Any]:
     """diffusers' scheduler keys, each from the first source that says it; all of them are logged.
 
-    A source that is overruled by one above it is a warning, but for the last: a preset is there to be overruled.
+    A source that is overruled by one above it is a warning, but for a preset, which is there to be overruled.
     """
     values: dict[str, Any] = {}
     for found in sources:
@@ -65,11 +66,19 @@ def decide(sources: list[Evidence], where: str) -> dict[str, Any]:
         for name, value in found.facts.items():
             first = first_to_say(name, sources) or found
             values[name] = first.facts[name]
-            if value != values[name] and found is not sources[-1]:
+            if _differ(value, values[name]) and not found.is_preset:
                 heard = f"{name} is {_in_words(values[name])} by {first.source}"
                 logger.warning("%s: %s; %s says %s, which is not used", where, heard, found.source, _in_words(value))
 
     return values.pop("betas", {}) | values
+
+
+def _differ(value: Any, other: Any) -> bool:
+    """Whether two sources contradict each other; a key of betas that is None says nothing."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        pair = (cast("Mapping[str, Any]", betas) for betas in (value, other))
+        value, other = ({k: v for k, v in betas.items() if v is not None} for betas in pair)
+    return value != other
 
 
 def _in_words(value: Any) -> str:
@@ -92,7 +101,7 @@ def from_arguments(prediction_type: str | None, zero_snr: bool | None) -> Eviden
 def from_sidecar(path: Path) -> Evidence:
     """The ``.yaml`` (or ``.yml``) of the same name: original Stable Diffusion's training configuration.
 
-    Raises CheckpointError when it is no YAML, or says what is not understood.
+    Another kind of YAML is a warning. Raises CheckpointError for a configuration that says what is not understood.
     """
     file = next((file for ending in (".yaml", ".yml") if (file := path.with_suffix(ending)).is_file()), None)
     if file is None:
@@ -104,12 +113,13 @@ def from_sidecar(path: Path) -> Evidence:
         model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
         given = cast("dict[str, Any]", dict(model))
     except (yaml.YAMLError, LookupError, TypeError, ValueError):  # UnicodeDecodeError is a ValueError
-        raise CheckpointError(f"{file}: expected YAML with model: params: …, as beside original checkpoints") from None
+        logger.warning("%s: not used: expected model: params: …, as beside original checkpoints", file)
+        return Evidence("a sidecar")
 
     # What it leaves out is the original's default: its training code says "eps".
     facts: dict[str, Any] = {"prediction_type": _prediction(given.get("parameterization", "eps"), str(file))}
     names = ("rescale_betas_zero_snr", "zero_terminal_snr", "zero_snr", "ztsnr", "use_zsnr")
-    facts["rescale_betas_zero_snr"] = next((bool(given[name]) for name in names if name in given), None)
+    facts["rescale_betas_zero_snr"] = next((_is_true(given[name]) for name in names if name in given), None)
     if given.keys() & {"linear_start", "linear_end", "timesteps", "beta_schedule"}:
         facts["betas"] = _betas_of_yaml(given, str(file))
     return Evidence(file.name, {name: value for name, value in facts.items() if value is not None})
@@ -122,15 +132,17 @@ def _betas_of_yaml(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind not in kinds:
         raise CheckpointError(f"{where}: beta_schedule: expected {', '.join(kinds)}, found {kind!r}")
     try:
-        return {
+        betas: dict[str, Any] = {
             "num_train_timesteps": int(given.get("timesteps", 1000)),
             "beta_start": float(given.get("linear_start", 1e-4)),
             "beta_end": float(given.get("linear_end", 2e-2)),
             "beta_schedule": kinds[kind],
             "trained_betas": None,
         }
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: timesteps, linear_start, linear_end: {error}") from None
+        NoiseSchedule(**betas)
+    except (TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{where}: timesteps, linear_start, linear_end: {one_line(error)}") from None
+    return betas
 
 
 def from_own_metadata(scheduler: Mapping[str, Any] | None) -> Evidence:
@@ -160,11 +172,11 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Evidence:
         is_v = re.search(r"v2[-_.\w]*768[-_]?v|v2[-_.\w]*[-_]v\b|v_?2_v\b", architecture.lower())
         is_epsilon = re.search(r"stable[-_ ]diffusion[-_ ]v2[-_.\w]*512", architecture.lower())
         prediction = "v_prediction" if is_v else "epsilon" if is_epsilon else None
-    if prediction is None and own.get("v_parameterization", "").lower() in ("true", "1"):
+    if prediction is None and _is_true(own.get("v_parameterization", "")):
         prediction = "v_prediction"
 
-    zero = next((own[key].lower() for key in ("zero_terminal_snr", "ztsnr", "zsnr") if own.get(key)), None)
-    facts = {"prediction_type": prediction, "rescale_betas_zero_snr": None if zero is None else zero in ("true", "1")}
+    zero = next((_is_true(own[key]) for key in ("zero_terminal_snr", "ztsnr", "zsnr") if own.get(key)), None)
+    facts = {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
     return Evidence("metadata", {name: value for name, value in facts.items() if value is not None})
 
 
@@ -214,6 +226,10 @@ def _fitting(acp: Tensor, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], 
             schedule = NoiseSchedule(**values, rescale_betas_zero_snr=zero)
             if torch.allclose(schedule.alphas_cumprod, acp, rtol=precision, atol=1e-6):
                 yield values, zero
+
+
+def _is_true(said: Any) -> bool:
+    return str(said).strip().lower() in ("true", "1", "yes", "on")
 
 
 def _prediction(said: Any, where: str) -> str | None:

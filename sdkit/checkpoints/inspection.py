@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.adapter_kinds import adapter_kinds
+from sdkit.checkpoints.key_maps import is_left_out
 from sdkit.checkpoints.pickles import read_pickle, unwrapped
 from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_header, reading
 from sdkit.errors import CheckpointError
@@ -100,7 +101,8 @@ def _describe(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict
     version = base or (None if width is None else VERSIONS.get((width, channels), f"context width {width}"))
 
     dtypes = sorted({dtype for dtype, _ in entries.values()})
-    lacks = [part for part, pattern in NEEDED.items() if not any(re.fullmatch(pattern, key) for key in entries)]
+    weights = [key for key in entries if not is_left_out(key)]
+    lacks = [part for part, pattern in NEEDED.items() if not any(re.fullmatch(pattern, key) for key in weights)]
     return {
         "kind": kind.format(version=version or "Stable Diffusion"),
         "version": version or "unknown",

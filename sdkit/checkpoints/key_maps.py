@@ -200,6 +200,11 @@ def open_clip_extras(state: Mapping[str, Tensor], layers: int) -> dict[str, Tens
     return block | {OPEN_CLIP + k: v for k, v in head.items()}
 
 
+def is_left_out(key: str) -> bool:
+    """Whether a single file's key lies beside the weights of all networks: the file may hold it without them."""
+    return any(re.fullmatch(pattern, key) for pattern in LEFT_OUT.values())
+
+
 def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> None:
     """Log by group the keys that no network uses; ``layers`` is the number of the text block that goes unused,
     None when the file is a VAE alone.

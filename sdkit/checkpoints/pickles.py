@@ -12,7 +12,7 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, cast
@@ -116,7 +116,6 @@ class Stub:
     """Stands for an object, class or function of a pickle that is not looked up. It takes everything, does nothing."""
 
     origin = ""
-    dump_patches = False  # asked of modules in torch's older files
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
@@ -137,6 +136,21 @@ class Stub:
     def add(self, value: Any) -> None: ...
 
 
+class _Function:
+    """A function that a pickle may call, and not change: BUILD would set any attribute of the function itself."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"a state for the function {self._function.__name__}")
+
+
 def _encode(text: str, encoding: str) -> bytes:
     """What pickles of Python 2's protocols make bytes with."""
     if encoding != "latin1":
@@ -146,17 +160,28 @@ def _encode(text: str, encoding: str) -> bytes:
 
 _TORCH: Any = torch
 _C = _TORCH._C  # its reader is torch.load's own, so both see the same archive
-_REBUILD = _TORCH._utils
+_REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 _TAKEN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_tensor"): _REBUILD._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _REBUILD._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): _REBUILD._rebuild_parameter,
-    ("_codecs", "encode"): _encode,
+    **{("torch._utils", name): _Function(getattr(_TORCH._utils, name)) for name in _REBUILD},
+    ("_codecs", "encode"): _Function(_encode),
     **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, bytearray)},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
+
+
+def _storages_alone(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """torch's way to what lies outside of the pickle, for storages alone.
+
+    Its older files name a class with its source: that is the class. torch would compare the two sources and, where the
+    class says so, write a file of what differs.
+    """
+
+    def persistent_load(place: Any) -> Any:
+        return place[1] if place[0] in ("module", b"module") else find(place)
+
+    return persistent_load
 
 
 def _load_with_stubs(path: Path, options: Mapping[str, Any]) -> Any:
@@ -164,6 +189,9 @@ def _load_with_stubs(path: Path, options: Mapping[str, Any]) -> Any:
     stubs: dict[str, type[Stub]] = {}
 
     class Unpickler(pickle.Unpickler):
+        def __setattr__(self, name: str, value: Any, /) -> None:
+            super().__setattr__(name, _storages_alone(value) if name == "persistent_load" else value)
+
         def find_class(self, module_name: str, global_name: str, /) -> Any:
             taken = _TAKEN.get((module_name, global_name))
             if taken is not None:

@@ -6,7 +6,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +46,7 @@ from sdkit.checkpoints.key_maps import (
     UNET,
     VAE,
     give,
+    is_left_out,
     leftovers,
     open_clip_extras,
     open_clip_map,
@@ -160,13 +160,16 @@ def _choose_configs(
 
     configs = read_preset(name)
     scheduler = configs["scheduler"]
-    stated = Evidence(f"the preset {name}", {"prediction_type": scheduler["prediction_type"]})
-    ordered = [*sources, stated] if preset is None else [sources[0], replace(stated, source="preset"), *sources[1:]]
+    facts = {"prediction_type": scheduler["prediction_type"]}
+    if preset is None:
+        ordered = [*sources, Evidence(f"the preset {name}", facts, is_preset=True)]
+    else:
+        ordered = [sources[0], Evidence("preset", facts), *sources[1:]]
     return configs | {"scheduler": with_facts(scheduler, decide(ordered, where))}
 
 
 def _expect_some(state: Mapping[str, Tensor], prefix: str, what: str, argument: str, where: str) -> None:
-    if not any(key.startswith(prefix) for key in state):
+    if not any(key.startswith(prefix) and not is_left_out(key) for key in state):
         flag = argument.replace("_", "-")
         raise CheckpointError(f"{where}: has no {what} ({prefix}…): give one ({argument}=, --{flag})")
 

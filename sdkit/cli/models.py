@@ -11,6 +11,7 @@ from sdkit.adapter_kinds import adapter_kinds
 from sdkit.cli.options import Precision, file_and_weight, find_dtype
 from sdkit.errors import ConfigError
 from sdkit.files import file_hash
+from sdkit.prompts.emphasis import escaped
 
 if TYPE_CHECKING:
     from sdkit.stable_diffusion import StableDiffusion
@@ -82,5 +83,5 @@ def load_model(parts: ModelParts, device: str | None, dtype: Precision | None, b
             kind.module.load(sd, file, weight)
     for file in parts.embedding:
         token = sd.load_textual_inversion(file)
-        print(f"{file}  in prompts: {', '.join(sd.triggers_of(token))}")
+        print(f"{file}  in prompts: {', '.join(map(escaped, sd.triggers_of(token)))}")
     return sd

@@ -42,8 +42,7 @@ def read_workflow(text: str, where: str) -> Foreign:
         nodes = json.loads(text)
     except json.JSONDecodeError as error:
         raise SDKitError(f"{where}: damaged ComfyUI metadata: {error}") from None
-    good = isinstance(nodes, dict) and all(isinstance(n, dict) and "class_type" in n for n in nodes.values())  # pyright: ignore[reportUnknownVariableType]
-    if not good:
+    if not isinstance(nodes, dict) or not all(map(_is_node, nodes.values())):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
         raise SDKitError(f"{where}: damaged ComfyUI metadata: expected an object of nodes")
 
     walk = _Walk(cast("Mapping[str, Node]", nodes))
@@ -129,7 +128,8 @@ class _Walk:
         self._sampler_and_scheduler(number)
         for name, default in _WHOLE_RUN.items():
             value = self.inputs(number).get(name, default)
-            if value != default and not (name == "end_at_step" and value >= self.facts.get("num_inference_steps", 0)):
+            steps = self.facts.get("num_inference_steps", 0)
+            if value != default and not (name == "end_at_step" and _is(value, int) and value >= steps):
                 self.rest[name] = value
 
         self._latent(number)
@@ -217,6 +217,10 @@ def _our_words(text: str) -> str:
     text = re.sub(r"(?<!\\)([\[\]])", r"\\\1", text)
     text = re.sub(r"\b(AND|BREAK)\b", lambda match: match[1].lower(), text)
     return re.sub(r"\bembedding:(?:[\w.-]+[\\/])*([\w.-]+?)(?:\.(?:pt|bin|safetensors))?(?![\w.\\/-])", r"\1", text)
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, dict) and "class_type" in node and isinstance(node.get("inputs", {}), dict)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _is(value: Any, *kinds: type) -> bool:

@@ -20,6 +20,9 @@ from sdkit.images.pixels import ImageSource, Pixels, by_range, unit_floats, upri
 RANGES = (1, 255, 65535, 2**31 - 1)
 """An integer mask counts by the first of these that covers its values: one of zeros and ones is a mask of bools."""
 
+OPAQUE = 0.98
+"""Alpha from here on is opaque: lossy files and resizing leave it a few steps of a byte below 1."""
+
 LUMINANCE = np.asarray([0.299, 0.587, 0.114])
 
 
@@ -35,9 +38,9 @@ def mask_to_tensor(mask: ImageSource) -> Tensor:
     """Read one mask as a tensor [1, 1, H, W]: what is bright (from one half on) is 1.
 
     Integers of any type, and Pillow images of any mode. Where a picture's alpha channel varies and its brightness does
-    not, the mask was drawn in alpha: what is opaque is 1. A palette of two colours that are both dark or both bright
-    holds labels: 0 is kept. Raises ConfigError when brightness and alpha tell different masks, for a coloured palette
-    of more labels, and for a mask that selects nothing.
+    not, or it shows strokes of one dark colour, the mask was drawn in alpha: what is opaque is 1. A palette of two
+    colours that are both dark or both bright holds labels: 0 is kept. Raises ConfigError when brightness and alpha tell
+    different masks, for a coloured palette of more labels, and for a mask that selects nothing.
     """
     values, alpha = _values(mask)
     # Float rounding must not turn a grey of exactly one half into a kept pixel.
@@ -103,7 +106,9 @@ def _values(mask: ImageSource) -> tuple[Pixels, Pixels | None]:
 
 
 def _unit(array: np.ndarray[Any, Any]) -> Pixels:
-    if np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "biuf":
+        raise ConfigError(f"mask_image: expected bools, integers or floats, found {array.dtype}")
+    if array.dtype.kind in "iu":
         return by_range(array, RANGES, "mask_image")
     return by_range(array.astype(np.float32), (1,), "mask_image")
 
@@ -126,17 +131,23 @@ def _of_palette(image: Image.Image) -> Pixels:
     return _unit(colours)
 
 
+def _varies(values: Pixels) -> bool:
+    return bool(np.ptp(values, axis=0).max() > 1e-6)
+
+
 def _with_alpha(values: Pixels, bright: np.ndarray[Any, Any], alpha: Pixels) -> np.ndarray[Any, Any]:
     """What brightness or alpha selects: the one that varies, or both where they agree."""
-    if alpha.min() == alpha.max():
+    if alpha.min() == alpha.max() or alpha.min() >= OPAQUE:
         return bright
 
     # Half transparent pixels are the soft edges of strokes, and their colour says nothing.
-    opaque, hard = alpha >= 0.5, (alpha == 0) | (alpha == 1)
+    opaque, hard = alpha >= 0.5, (alpha == 0) | (alpha >= OPAQUE)
     hard = hard if hard.any() else np.ones_like(hard)
-    varies = np.ptp(values[hard], axis=0).max() > 1e-6
-    if not varies or bool((bright == opaque)[hard].all()):
+    if not _varies(values[hard]) or bool((bright == opaque)[hard].all()):
         return opaque
+    seen = hard & opaque
+    if seen.any() and not bright[seen].any() and not _varies(values[seen]):
+        return opaque  # strokes of one dark colour
 
     both = int((bright & opaque).sum())
     raise ConfigError(

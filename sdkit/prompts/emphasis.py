@@ -20,6 +20,11 @@ _GRAMMAR = re.compile(
 )
 
 
+def escaped(text: str) -> str:
+    """The text as it is written in a prompt, where its brackets are to stand for themselves."""
+    return re.sub(r"([\\()\[\]])", r"\\\1", text)
+
+
 def parse_weights(prompt: str) -> list[Segment]:
     r"""Split a prompt in A1111's grammar into (text, weight) pairs.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
@@ -206,6 +206,35 @@ def test_a_run_goes_on_from_a_file_and_needs_it_once(pictures: Path, first: Path
 def test_what_the_file_is_not_is_named(pictures: Path, first: Path, tmp_path: Path, options: tuple, message: str):
     printed = call(("--data", pictures, "--output", tmp_path / "run", "--init-lora", first, *options), status=1)
     assert re.search(message, printed) and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_did_not_start_from_a_file_does_not_go_on_from_it(pictures: Path, first: Path, tmp_path: Path):
+    """Which is said, and not that a copy of the file is missing."""
+    command = (*QUICK[:2], "--num-validation-images", 0, "--data", pictures, "--output", tmp_path / "run")
+    call((*command, "--rank", 3, "--targets", "attn1.to_q", "--targets", "conv1"))
+    toy.forget_accelerate()
+    assert re.search(
+        "of a run with .*init_lora none, now '.*first.safetensors'", call((*command, "--init-lora", first), status=1)
+    )
+    assert not list((tmp_path / "run").glob("init_lora*"))
+
+
+def test_what_the_format_cannot_hold_is_named_before_training(pictures: Path, first: Path, tmp_path: Path):
+    """And not by the first state that is to be saved."""
+    words = {"bundle_emb.zork.string_to_param.*": torch.zeros(1, 128)}
+    save_file(load_file(first) | words, tmp_path / "words.safetensors")
+    quick = (
+        *QUICK[:2],
+        "--num-validation-images",
+        0,
+        "--data",
+        pictures,
+        "--init-lora",
+        tmp_path / "words.safetensors",
+    )
+    printed = call((*quick, "--output", tmp_path / "run"), status=1)
+    assert "error: the embedding zork: diffusers's format has no place for it, use kohya's" in printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_file_is_may_be_said(pictures: Path, first: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """The training script of VAE decoders, from a folder of pictures to a file; the rest of it is that of LoRA."""
 
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from finetune.train_vae_decoder import (
     DecoderTraining,
     app,
     batch,
+    check_not_trained_on,
     pixels,
     training_data,
     validation_views,
@@ -294,6 +296,19 @@ def test_of_pictures_that_are_trained_on_the_first_64_are_measured(tiny_vae: Pat
     assert len(views) == 64 and {(crop, flip) for _, _, crop, flip in views} == {(None, False)}
     apart = validation_views(vae, replace(config, validation_data=tmp_path / "b"))
     assert len(apart) == 66 and {picture.path.parent.name for picture, *_ in apart} == {"b"}
+
+
+def test_what_is_measured_as_not_trained_on_is_not(pictures: Path, tiny_vae: Path, tmp_path: Path):
+    """By its content: a copy is the picture too."""
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "other" / "a.png")
+    copied = shutil.copy(next(pictures.glob("*.png")), tmp_path / "other" / "b.png")
+    vae, config = load_vae(tiny_vae, dtype=torch.float32), DecoderData(pictures, validation_data=tmp_path / "other")
+    shown, data = validation_views(vae, config), training_data(vae, config.config(), seed=0)
+    with pytest.raises(ConfigError, match=f"validation_data: .* not trained on, found {copied}, which is {pictures}"):
+        check_not_trained_on(shown, data)
+    copied.unlink()
+    check_not_trained_on(validation_views(vae, config), data)
 
 
 def test_captions_and_their_tables_are_no_matter_to_a_vae(pictures: Path, tiny_vae: Path):

@@ -182,6 +182,28 @@ def test_alphas_and_their_absence(sd: StableDiffusion, tmp_path: Path) -> None:
     assert (read[target].scale, read[other].scale) == (1.0, 3.0)
 
 
+@pytest.mark.parametrize(
+    "config", [{"lora_alpha": "many"}, {"alpha_pattern": ["x"]}, {"alpha_pattern": {"(": 3}}, {"lora_alpha": [4]}]
+)
+def test_a_config_of_peft_that_is_none(sd: StableDiffusion, config: dict[str, object], tmp_path: Path) -> None:
+    write_lora(case(sd, "cross_attention"), tmp_path / "it.safetensors")
+    header = json.dumps({f"unet.{key}": value for key, value in ({"lora_alpha": 4} | config).items()})
+    save_file(load_file(tmp_path / "it.safetensors"), tmp_path / "bad.safetensors", {METADATA: header})
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors: unet\..*expected numbers as alpha and rank in its"):
+        finetune.load_lora(sd, tmp_path / "bad.safetensors")
+
+
+def test_the_rank_of_a_whole_lokr_is_in_peft_s_config(sd: StableDiffusion, tmp_path: Path) -> None:
+    """Its matrices do not tell, and peft divides by it: the pattern's, where there is one for the module."""
+    first, second = match_targets(places(sd), ["attn2.to_k"])[:2]
+    pairs = [(s, {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(s.shape[0] // 4, 8)}) for s in (first, second)]
+    save_file({f"{s.peft}.{k}": v for s, w in pairs for k, v in w.items()}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LOKR", "r": 4, "alpha": 6, "rank_pattern": {second.path: 12}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    read = read_lora(tmp_path, places(sd))
+    assert [read[s].scale for s in (first, second)] == [1.5, 0.5]
+
+
 def test_two_adapters_of_peft_in_one_file_are_one_too_many(sd: StableDiffusion, tmp_path: Path) -> None:
     write_lora(case(sd, "cross_attention"), tmp_path / "it.safetensors")
     state = load_file(tmp_path / "it.safetensors")
@@ -233,6 +255,12 @@ def test_a_bad_file_is_one_line_that_names_it(sd: StableDiffusion, tmp_path: Pat
             "its alpha is there twice",
         ),
         "nan": (spoiled(good, up, torch.full((16, 4), torch.nan)), r"attn2\.to_k.*finite"),
+        "alpha": (spoiled(good, f"{module}.alpha", torch.tensor(torch.nan)), r"attn2\.to_k.*finite"),
+        "scalar": (spoiled(good, f"{module}.scalar", torch.tensor(torch.inf)), r"attn2\.to_k.*finite"),
+        "dora": (spoiled(good, f"{module}.dora_scale", torch.full((16, 1), torch.nan)), r"attn2\.to_k.*finite"),
+        "alphas": (spoiled(good, f"{module}.alpha", torch.ones(2)), r"one number as alpha, found the shape \[2\]"),
+        "oft": ({f"{module}.oft_blocks": torch.ones(4, 4, 4), f"{module}.alpha": torch.ones(2)}, "one number as alpha"),
+        "rank": ({down: torch.ones(0, 32), up: torch.ones(16, 0)}, r"attn2\.to_k.*rank of at least 1"),
         "lokr": ({f"{module}.lokr_w1_a": torch.ones(2, 2)}, "one other family.*found lokr_w1_a"),
         "loha": ({f"{module}.hada_{w}": torch.ones(3, 3) for w in ("w1_a", "w1_b", "w2_a", "w2_b")}, r"\[16, 32\]"),
         "magnitude": (spoiled(good, f"{module}.dora_scale", torch.ones(7, 1)), r"16 rows.*\[7, 1\]"),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune.data.config import DataConfig
-from finetune.data.folders import Rules, read_folder, read_pictures
+from finetune.data.folders import Rules, check_output, read_folder, read_pictures
 from finetune.recipe.run import make_class_pictures
 from sdkit.errors import ConfigError
 from tests.finetune import toy
@@ -70,6 +70,19 @@ def test_class_pictures_lie_apart_from_the_others(inside: str, tmp_path: Path):
     place.mkdir(parents=True, exist_ok=True)
     with pytest.raises(ConfigError, match="class_data: expected a folder apart from data"):
         read_pictures(replace(config, num_class_images=0))
+
+
+@pytest.mark.parametrize("output", ["data", "data/deep/run", "data/.run", "link/run", "class/run"])
+def test_the_output_lies_apart_from_the_pictures(output: str, tmp_path: Path):
+    """Else the next run would train on this one's sheets."""
+    for name in ("data/deep", "class"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "deep")
+    config = DataConfig(tmp_path / "data", class_data=tmp_path / "class", class_prompt="a wall")
+    with pytest.raises(ConfigError, match=f"output: expected a folder outside of .*, found {tmp_path / output}"):
+        check_output(tmp_path / output, config)
+    check_output(tmp_path / "out", config)
+    check_output(tmp_path, config)  # the pictures may lie in it
 
 
 @pytest.mark.parametrize("name", ["lora", "hypernetwork", "unet"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -176,6 +177,8 @@ def test_zero_snr_by_argument_marker_sidecar_and_schedule(plain: dict[str, Tenso
 
     sidecar(path, parameterization="v", zero_snr=True)
     assert load(path, plain).rescale_betas_zero_snr
+    sidecar(path, parameterization="v", zero_snr="False")
+    assert not load(path, plain).rescale_betas_zero_snr
 
 
 def test_the_sidecars_betas_are_the_originals(plain: dict[str, Tensor], tmp_path: Path) -> None:
@@ -188,9 +191,19 @@ def test_the_sidecars_betas_are_the_originals(plain: dict[str, Tensor], tmp_path
     sidecar(path, beta_schedule="odd")
     with pytest.raises(CheckpointError, match=r"b\.yaml: beta_schedule: expected"):
         load(path, plain)
-    path.with_suffix(".yaml").write_text("[1, 2")
-    with pytest.raises(CheckpointError, match=r"b\.yaml: expected YAML"):
-        load(path, plain)
+    for values in ({"timesteps": 0}, {"linear_start": "x"}, {"linear_start": float("nan")}):
+        sidecar(path, **values)
+        with pytest.raises(CheckpointError, match=r"b\.yaml: timesteps, linear_start, linear_end: "):
+            load(path, plain)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "name: a model", "- a", "\x80"])
+def test_a_yaml_that_is_no_configuration_is_not_used(
+    plain: dict[str, Tensor], tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "b.yaml").write_bytes(text.encode("latin1"))
+    assert load(tmp_path / "b.safetensors", plain) == NoiseSchedule()
+    assert "b.yaml: not used: expected model: params" in caplog.text
 
 
 def test_our_own_metadata_yields_to_arguments_and_sidecar(sd1: Components, tmp_path: Path) -> None:
@@ -204,6 +217,20 @@ def test_our_own_metadata_yields_to_arguments_and_sidecar(sd1: Components, tmp_p
     )
     sidecar(path, parameterization="v")
     assert load_single_file(path).scheduler_config["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(("kind", "is_warned"), [("scaled_linear", False), ("linear", True)])
+def test_a_schedule_that_our_own_metadata_overrules_is_warned_about(
+    kind: str, is_warned: bool, sd1: Components, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_single_file(sd1, path := tmp_path / "a.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    own = table(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule=kind)
+
+    found = load(path, load_file(path) | {"alphas_cumprod": own.float()}, metadata)
+    assert found.beta_schedule == "scaled_linear"
+    assert ("alphas_cumprod says num_train_timesteps 1000" in caplog.text) == is_warned
 
 
 def test_a_preset_that_is_named_comes_before_the_file(plain: dict[str, Tensor], tmp_path: Path) -> None:

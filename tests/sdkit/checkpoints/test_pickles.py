@@ -155,6 +155,30 @@ def test_no_opcode_reaches_a_global(opcodes: bytes, tmp_path: Path) -> None:
         read_pickle(path, "cpu", stubs=True)
 
 
+@pytest.mark.parametrize("name", ["_codecs encode", "torch._utils _rebuild_tensor_v2", "collections OrderedDict"])
+@pytest.mark.parametrize("is_changed", [True, False])
+def test_a_function_cannot_be_changed_and_no_patch_is_written(name: str, is_changed: bool, tmp_path: Path) -> None:
+    """torch's older files name a class with its source; where they differ it would write NAME.patch of both."""
+    state = b"(}X\x0c\x00\x00\x00dump_patches\x88s}X\x08\x00\x00\x00__name__V" + str(tmp_path / "planted").encode()
+    found = b"c" + name.replace(" ", "\n").encode() + b"\n" + (state + b"\nstb" if is_changed else b"")
+    place = b"(X\x06\x00\x00\x00module" + found + b"V/file\nVplanted\ntQ"
+
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+    plain, content = path.read_bytes(), pickle.dumps({"a": 1}, 2)
+    stub = b"\x80\x02}X\x01\x00\x00\x00acos\nsystem\nsX\x01\x00\x00\x00b" + place + b"s."
+    assert plain.count(content) == 1
+    path.write_bytes(plain.replace(content, stub))
+
+    if is_changed:
+        refused("damaged or no torch checkpoint", lambda: read_pickle(path, "cpu", stubs=True), path)
+    else:
+        assert set(read_pickle(path, "cpu", stubs=True)) == {"a", "b"}
+    assert list(tmp_path.iterdir()) == [path]
+    rebuild = torch._utils._rebuild_tensor_v2  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    assert rebuild.__name__ == "_rebuild_tensor_v2" and not vars(rebuild)
+
+
 def test_a_class_that_is_there_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "planted_module.py").write_text("raise SystemExit('imported')")
     file = tmp_path / "a.ckpt"

@@ -106,3 +106,10 @@ def test_adapters_come_through_entry_points(
     Path("h.pt").write_text("another")
     status, _, err = run("reproduce", "out.png", "again.png")
     assert status == 1 and "h.pt: not the file that made out.png: expected SHA-256" in err and len(fake.added) == 10
+
+
+def test_a_trigger_is_printed_as_it_is_written_in_a_prompt(run: Run, tiny: Path) -> None:
+    torch.save({"*": torch.ones(2, 16)}, "hands (v2).pt")
+    quick = ("--model", str(tiny), "--device", "cpu", "--steps", "2", "--seed", "1", "--embedding", "hands (v2).pt")
+    status, out, err = run("txt2img", r"a hands \(v2\)", *quick)
+    assert status == 0 and "warning" not in err and r"in prompts: hands \(v2\)" in out

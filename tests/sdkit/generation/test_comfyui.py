@@ -166,7 +166,15 @@ def test_a_missing_value_is_left_out() -> None:
     assert read_workflow("{}", "x.png").facts == {}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"3": 4}', '{"nodes": {"x": 1}}'])
+def test_an_end_that_is_linked_is_not_followed() -> None:
+    sampler = {"class_type": "KSamplerAdvanced", "inputs": {"steps": 20, "end_at_step": ["9", 0]}}
+    found = read_workflow(json.dumps({"3": sampler}), "x.png")
+    assert found.facts["num_inference_steps"] == 20 and found.rest["end_at_step"] == ["9", 0]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"3": 4}', '{"nodes": {"x": 1}}', '{"3": {"class_type": "KSampler", "inputs": []}}']
+)
 def test_what_is_no_workflow_is_named(text: str) -> None:
     with pytest.raises(SDKitError, match=r"x\.png: damaged ComfyUI metadata"):
         read_workflow(text, "x.png")

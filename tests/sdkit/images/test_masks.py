@@ -23,6 +23,7 @@ from tests.sdkit.tiny import mask
 SQUARE = np.zeros((6, 8), bool)
 SQUARE[1:4, 2:5] = True
 GREY = Image.new("L", (8, 6), 128)
+STROKES = [Image.fromarray(SQUARE.astype(np.uint8) * 200)]
 
 
 def selected(source: Any) -> np.ndarray[Any, Any]:
@@ -76,6 +77,7 @@ STORED: dict[str, Callable[[], Any]] = {
     "white on transparent": lambda: rgba(np.full((6, 8), 255), SQUARE * 255),
     "white on transparent black": lambda: rgba(SQUARE * 255, SQUARE * 255),
     "black on transparent": lambda: rgba(np.zeros((6, 8)), SQUARE * 255),
+    "red on transparent": lambda: Image.merge("RGBA", [*STROKES, *2 * [Image.new("L", (8, 6))], *STROKES]),
     "black and white, half transparent": lambda: rgba(SQUARE * 255, np.full((6, 8), 90)),
 }
 
@@ -105,6 +107,16 @@ def test_greys_count_from_one_half_on() -> None:
     assert selected(np.array([[0.49, 0.5]])).tolist() == [[False, True]]
 
 
+def test_an_alpha_that_is_opaque_but_for_rounding_tells_nothing() -> None:
+    grey, alpha = np.zeros((6, 6)), np.full((6, 6), 254)
+    grey[2:4, 2:4], alpha[0, 0], alpha[5, 5] = 255, 255, 251
+    assert selected(rgba(grey, alpha)).sum() == 4
+
+    alpha[0, 0] = 0  # a rounded corner
+    with pytest.raises(ConfigError, match="4 pixels are bright, 35 opaque, 4 both"):
+        mask_to_tensor(rgba(grey, alpha))
+
+
 def test_where_brightness_and_alpha_disagree_both_readings_are_named() -> None:
     photo = np.random.default_rng(0).integers(0, 256, (6, 8))
     bright = int((photo >= 128).sum())
@@ -125,6 +137,7 @@ def test_where_brightness_and_alpha_disagree_both_readings_are_named() -> None:
         (np.zeros((2, 2, 5)), "expected an array [H, W] or [H, W, 1 to 4], found [2, 2, 5]"),
         (np.full((2, 2), -1), "expected values from 0 to one of 1, 255, 65535, 2147483647; found -1 to 0"),
         (np.full((2, 2), np.nan), "found nan to nan"),
+        (np.array([["a", "b"]]), "expected bools, integers or floats, found <U1"),
     ],
 )
 def test_what_is_no_mask_is_refused(source: Any, message: str) -> None:

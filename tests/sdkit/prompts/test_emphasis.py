@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sdkit.prompts.emphasis import BREAK, parse_weights
+from sdkit.prompts.emphasis import BREAK, escaped, parse_weights
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,8 @@ def test_grammar(prompt: str, expected: list[tuple[str, float]]) -> None:
     found = parse_weights(prompt)
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
+@given(st.text(alphabet="ab()[]\\ ", max_size=12))
+def test_escaped_text_stands_for_itself(text: str) -> None:
+    assert parse_weights(escaped(text)) == [(text, 1.0)]

@@ -39,10 +39,9 @@ class TrainingData:
     """``batch(n)`` is micro-batch ``n`` of a run without end, the same whatever was asked for before.
 
     All samples of a micro-batch, over all processes, lie in one bucket; each bucket's last micro-batch of an epoch
-    is filled up from the epoch's beginning. Of the concept's pictures and of those of the prior class, the fewer
-    are repeated until there are as many as of the others, as in diffusers' DreamBooth script. What is shown more
-    often so counts less each time: over an epoch a picture's weights add up to its repeats, those of the fewer to the
-    same multiple of theirs.
+    is filled up from the epoch's beginning; what is shown more often so counts less each time, so that over an epoch
+    a picture's weights add up to its repeats. Of the concept's pictures and of those of the prior class, the fewer are
+    repeated until there are as many as of the others, as in diffusers' DreamBooth script.
 
     step: what the sides of buckets are multiples of. left_out: files beside the pictures that are not used.
     """
@@ -66,7 +65,8 @@ class TrainingData:
         if not config.aspect_buckets:
             sizes = [(resolution, resolution)]
 
-        self.samples, self._totals = _repeated(pictures)
+        self.samples = _repeated(pictures)
+        self._repeats = Counter(self.samples)
         self.buckets: dict[Size, list[Picture]] = defaultdict(list)
         for picture in self.samples:
             self.buckets[nearest_bucket(picture.size, sizes)].append(picture)
@@ -125,7 +125,7 @@ class TrainingData:
 
             places = torch.randperm(len(found), generator=seeded("batches", self.seed, epoch)).tolist()
             times = Counter(picture for _, part in found for picture in part)
-            weights = {picture: self._totals[picture] / count for picture, count in times.items()}
+            weights = {picture: self._repeats[picture] / count for picture, count in times.items()}
             self._epoch = _Epoch(epoch, [found[i] for i in places], weights)
         return self._epoch
 
@@ -169,8 +169,8 @@ class _Epoch:
     weights: dict[Picture, float] = field(default_factory=dict[Picture, float])
 
 
-def _repeated(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[Picture, float]]:
-    """The pictures of one epoch, each as often as it is shown, and what the weights of each add up to."""
+def _repeated(pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures of one epoch, each as often as it is shown."""
     subject = [p for p in pictures if not p.is_prior for _ in range(p.repeats)]
     prior = [p for p in pictures if p.is_prior for _ in range(p.repeats)]
 
@@ -178,6 +178,4 @@ def _repeated(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[Picture,
         which = "class_data" if subject else "data"
         raise ConfigError(f"{which}: no picture is shown, every folder has 0 repeats")
     most = max(len(subject), len(prior))
-    parts = (subject, prior) if prior else (subject,)
-    totals = {p: p.repeats * (most / len(part) if prior else 1.0) for part in parts for p in part}
-    return [p for part in parts for p in islice(cycle(part), most)], totals
+    return [picture for part in (subject, prior) if part for picture in islice(cycle(part), most)]

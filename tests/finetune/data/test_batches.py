@@ -165,16 +165,20 @@ def epoch_weights(data_of_ranks: list[TrainingData], epoch: int) -> Counter[tupl
 def test_a_pictures_weights_of_an_epoch_are_its_repeats(
     shown: list[tuple[tuple[int, int], int]], priors: int, size: int, world: int
 ):
-    """However often it has to be shown to fill a batch; the fewer of concept and prior class weigh as the others."""
+    """However often it has to be shown to fill a batch. The fewer of concept and prior class begin again until there
+    are as many as of the others."""
     pictures = [Picture(Path(f"{i}"), f"{i}", n, side, f"{i}") for i, (side, n) in enumerate(shown)]
     pictures += [Picture(Path(f"p{i}"), f"{i}", 1, (48, 48), f"p{i}", is_prior=True) for i in range(priors)]
-    subjects = sum(n for _, n in shown)
+    subjects = [f"{i}" for i, (_, n) in enumerate(shown) for _ in range(n)]
     assume(subjects)
     config = DataConfig(Path("x"), class_data=Path("y"), prior_loss_weight=0.5, train_batch_size=size)
     ranks = [TrainingData(pictures, config, 48, 16, 0, rank, world) for rank in range(world)]
-    most = max(subjects, priors)
-    expected = {(False, f"{i}"): n * (most / subjects if priors else 1) for i, (_, n) in enumerate(shown) if n}
-    expected |= {(True, f"{i}"): 0.5 * most / priors for i in range(priors)}
+    most = max(len(subjects), priors)
+    expected: Counter[tuple[bool, str]] = Counter()
+    for i in range(most if priors else len(subjects)):
+        expected[False, subjects[i % len(subjects)]] += 1
+        if priors:
+            expected[True, f"{i % priors}"] += 0.5  # type: ignore[assignment]  # a Counter of floats
     for epoch in (0, 3):
         assert epoch_weights(ranks, epoch) == pytest.approx(expected, rel=1e-5)
 

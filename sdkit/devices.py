@@ -20,6 +20,13 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device(place)
 
 
+def fast_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The order of a convolution's weights in memory that computes fastest: channels-last on a GPU, where cuDNN would
+    else copy them at every call, and on a CPU in bfloat16. Values and state dicts are the same in both orders."""
+    last = device.type == "cuda" or dtype == torch.bfloat16
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """float16 on a GPU, else float32."""
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -132,7 +132,8 @@ class LoraLinear(_LoraLayer, lora.Linear):
 
         base, a, b = self.base, self.lora_A[name].weight, self.lora_B[name].weight
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if casts else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
         return sdkernels.lora_linear(
             x.to(dtype), base.weight.to(dtype), bias, a.to(dtype), b.to(dtype), self.scaling[name]

@@ -78,7 +78,7 @@ def backend(name: str) -> Generator[None]:
 def simulate(capability: int) -> Generator[None]:
     """Let tensors on the meta device count as lying on a GPU of this capability (90 for sm_90), in this thread alone.
 
-    For ``compile_report``, which notes the launches and compiles them.
+    For ``compile_report``, which notes the launches and compiles them, and for counting launches.
     """
     token = in_force.device_variable.set(Device(capability, _MULTIPROCESSORS[capability]))
     try:
@@ -111,7 +111,7 @@ def use_kernel(op: str, why_not: str | None, *tensors: Tensor | None) -> bool:
         return False
 
     first, *others = [t for t in tensors if t is not None]
-    if choice == "auto" and first.device.type != "cuda":
+    if choice == "auto" and first.device.type != "cuda" and in_force.device is None:
         return False
 
     reason = why_not or _why_not(first, others)

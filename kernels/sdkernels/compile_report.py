@@ -123,8 +123,11 @@ class _Driver:
 
 
 @contextmanager
-def noting(arch: int) -> Generator[list[tuple[Any, dict[str, Any]]]]:
-    """Inside the block a launch on meta tensors is only noted: (kernel, the arguments of its compilation)."""
+def noting(arch: int, choice: str = "triton") -> Generator[list[tuple[Any, dict[str, Any]]]]:
+    """Inside the block a launch on meta tensors is only noted: (kernel, the arguments of its compilation).
+
+    choice: the backend; "auto" takes the kernels that it would take on a GPU of this architecture.
+    """
     noted: list[tuple[Any, dict[str, Any]]] = []
 
     def note(*, fn: Any, compile: Any, **_: Any) -> bool:
@@ -134,7 +137,7 @@ def noting(arch: int) -> Generator[list[tuple[Any, dict[str, Any]]]]:
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
     driver.set_active(_Driver(arch))  # type: ignore[arg-type]  # as much of a driver as it takes
     try:
-        with simulate(arch), backend("triton"):
+        with simulate(arch), backend(choice):
             yield noted
     finally:
         knobs.runtime.jit_cache_hook = before

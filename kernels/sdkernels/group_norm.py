@@ -132,7 +132,7 @@ def _fake_backward(
     add: Tensor | None,
     statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums, dadd = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, x.shape[1]), x.shape[:2]))
+    sums, dadd = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, *x.shape[:2]), x.shape[:2]))
     return torch.empty_like(x), sums, dadd
 
 
@@ -147,10 +147,10 @@ def group_norm_backward(
     add: Tensor | None,
     statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x and dy in one format -> dx like x; in float32 (dbias, dweight) [2, C] and dadd [B, C], unset without add."""
+    """x and dy in one format -> dx like x; in float32 each sample's (dbias, dweight) [2, B, C], and dadd [B, C], unset
+    without add."""
     call = plan(x, groups, backward_tiles, BACKWARD_ON_CHIP)
-    dx, _, dadd = _fake_backward(x, dy, groups, weight, bias, silu, add, statistics)
-    sums = x.new_empty(2, call.batch, call.channels, dtype=torch.float32)
+    dx, sums, dadd = _fake_backward(x, dy, groups, weight, bias, silu, add, statistics)
 
     # A group that fits on chip: all of it in one launch.
     if call.one_pass:
@@ -169,7 +169,7 @@ def group_norm_backward(
             SILU=silu,
             **call.on_chip(),
         )
-        return dx, sums.sum(1), dadd
+        return dx, sums, dadd
 
     # First pass: the sums of chunks of pixels.
     first = call.split(call.block(), waves=4, most=MOST_CHUNKS)
@@ -230,7 +230,7 @@ def group_norm_backward(
         SILU=silu,
         **second.tiles,
     )
-    return dx, sums.sum(1), dadd
+    return dx, sums, dadd
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -259,12 +259,13 @@ class _GroupNorm(torch.autograd.Function):
         dy = _arranged(dy, is_channels_last(x))
         dx, sums, dadd = group_norm_backward(x, dy, statistics.shape[2], weight, bias, ctx.silu, add, statistics)
 
-        # One add for all samples has the sum of their gradients.
-        if add is not None and len(add) < len(dadd):
+        # Only what is asked for. One add for all samples has the sum of their gradients.
+        _, _, want_weight, want_bias, _, _, want_add = ctx.needs_input_grad
+        if want_add and len(add) < len(dadd):
             dadd = dadd.sum(0, keepdim=True)
-        dweight = None if weight is None else sums[1].to(weight.dtype)
-        dbias = None if bias is None else sums[0].to(bias.dtype)
-        return dx, None, dweight, dbias, None, None, None if add is None else dadd.to(add.dtype)
+        dweight = sums[1].sum(0).to(weight.dtype) if want_weight else None
+        dbias = sums[0].sum(0).to(bias.dtype) if want_bias else None
+        return dx, None, dweight, dbias, None, None, dadd.to(add.dtype) if want_add else None
 
 
 def _why_not(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, add: Tensor | None) -> str | None:

@@ -92,7 +92,7 @@ def layer_norm_backward_kernel(
 ):
     """x (what was normed), dy, dtotal and dx [rows, width]; mean and rstd [rows]; dweight and dbias [programs, width].
 
-    A program takes every so many tiles of ROWS rows and leaves its own sums for weight and bias.
+    A program takes every so many tiles of ROWS rows and leaves its own sums for weight and bias, where they are given.
     """
     # Load the weight, and start the sums for weight and bias, which stay on chip over all tiles of this program.
     column = tl.arange(0, BLOCK)
@@ -114,8 +114,9 @@ def layer_norm_backward_kernel(
 
         # Norm again, and sum over the rows.
         normed = centre(x, mean, inside, width) * rstd[:, None]
-        dweight += tl.sum(dy * normed, axis=0)
-        dbias += tl.sum(dy, axis=0)
+        if dweight_ptr is not None:
+            dweight += tl.sum(dy * normed, axis=0)
+            dbias += tl.sum(dy, axis=0)
 
         # Gradient of what was normed: without its projections on 1 and on the normed row, which the norm takes off.
         slope = dy * weight[None, :]
@@ -129,9 +130,10 @@ def layer_norm_backward_kernel(
         tl.store(dx_ptr + offset, dx, mask=inside)
 
     # Store this program's sums; the launcher adds those of all, so the order is always the same.
-    here = tl.program_id(0).to(tl.int64) * width + column
-    tl.store(dweight_ptr + here, dweight, mask=column < width)
-    tl.store(dbias_ptr + here, dbias, mask=column < width)
+    if dweight_ptr is not None:
+        here = tl.program_id(0).to(tl.int64) * width + column
+        tl.store(dweight_ptr + here, dweight, mask=column < width)
+        tl.store(dbias_ptr + here, dbias, mask=column < width)
 
 
 CANDIDATES: tuple[Tiles, ...] = tuple(
@@ -183,28 +185,30 @@ def layer_norm_forward(
 
 
 def _fake_backward(
-    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = x.new_empty(2, x.shape[-1], dtype=torch.float32)
-    return torch.empty_like(x), sums[0].clone(), sums[1].clone()
+    dweight, dbias = (x.new_empty(x.shape[-1] if affine else 0, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), dweight, dbias
 
 
 @opaque(_fake_backward)
 def layer_norm_backward(
-    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    x: Tensor, dy: Tensor, dtotal: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x + residual (x's dtype), weight and bias (float32); dy is the norm's, dtotal the sum's or None."""
+    """Gradients of x + residual (x's dtype), weight and bias (float32; empty unless ``affine``); dy is the norm's,
+    dtotal the sum's or None."""
     width = x.shape[-1]
     rows = x.numel() // width
     tiles = _backward_tiles(device_of(x), x.dtype, width)
     programs = min(int(triton.cdiv(rows, tiles["ROWS"])), 4 * device_of(x).multiprocessors)
     dx = torch.empty_like(x)
-    dweight, dbias = (x.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
+    parts = [x.new_empty(programs, width, dtype=torch.float32) if affine else None for _ in range(2)]
 
     layer_norm_backward_kernel[(programs,)](
-        x, dy, dtotal, weight, mean, rstd, dx, dweight, dbias, rows, width, BLOCK=_block(width), **tiles
+        x, dy, dtotal, weight, mean, rstd, dx, *parts, rows, width, BLOCK=_block(width), **tiles
     )
-    return dx, dweight.sum(0), dbias.sum(0)
+    dweight, dbias = (x.new_empty(0, dtype=torch.float32) if part is None else part.sum(0) for part in parts)
+    return dx, dweight, dbias
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -222,12 +226,14 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        _, want_weight, want_bias, _, _ = ctx.needs_input_grad
         more = dtotal.contiguous() if ctx.has_residual else None
-        dx, dweight, dbias = layer_norm_backward(x, dy.contiguous(), more, weight, mean, rstd)
+        affine = want_weight or want_bias
+        dx, dweight, dbias = layer_norm_backward(x, dy.contiguous(), more, weight, mean, rstd, affine)
         return (
             dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
+            dweight.to(weight.dtype) if want_weight else None,
+            dbias.to(bias.dtype) if want_bias else None,
             None,
             dx if ctx.has_residual else None,
         )

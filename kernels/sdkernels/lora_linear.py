@@ -190,7 +190,6 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, bias, a, b, scale_tensor = ctx.saved_tensors
         want_x, want_weight, want_bias, want_a, want_b, want_scale, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
-        scale = ctx.scale if scale_tensor is None else scale_tensor
 
         # x: the kernel, which reads the transposed weights by their strides.
         dx = None
@@ -200,9 +199,9 @@ class _LoraLinear(torch.autograd.Function):
         # The branch.
         da = db = dscale = None
         if want_a:
-            da = ((scale * (dy @ b)).to(x.dtype).t() @ x).to(a.dtype)
+            da = _scaled_product((dy @ b).t(), x, scale_tensor, ctx.scale).to(a.dtype)
         if want_b:
-            db = ((scale * dy).to(x.dtype).t() @ (x @ a.t())).to(b.dtype)
+            db = _scaled_product(dy.t(), x @ a.t(), scale_tensor, ctx.scale).to(b.dtype)
         if want_scale:  # a sum over everything: in more digits
             wide = torch.float64 if x.dtype == torch.float32 else torch.float32
             dscale = ((dy.to(wide) @ b.to(wide)) * (x.to(wide) @ a.to(wide).t())).sum().to(scale_tensor)
@@ -211,6 +210,13 @@ class _LoraLinear(torch.autograd.Function):
         dweight = dy.t() @ x if want_weight else None
         dbias = dy.sum(0).to(bias.dtype) if want_bias else None
         return dx, dweight, dbias, da, db, dscale, None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale_tensor: Tensor | None, scale: float) -> Tensor:
+    """scale a b, where the scale is a number in the product's own launch."""
+    if scale_tensor is not None:
+        return scale_tensor * (a @ b)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # beta 0: what is added is not read
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdkit.devices import fast_layout
 from sdkit.errors import CheckpointError, ConfigError, NumericalError
 from sdkit.networks.vae import AutoencoderKL
 from sdkit.stable_diffusion import StableDiffusion
@@ -161,3 +162,37 @@ def test_arguments_of_single_files_decide_the_schedule(tmp_path: Path) -> None:
     assert sd.schedule.alphas_cumprod[-1] == 0 and sd.schedule.prediction_type == "v_prediction"
     assert sd.make_plan(4).timesteps[0] == 999
     assert sd.text_to_image("a cat", output_type="pt", **QUICK).images.isfinite().all()
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_convolutions_weights_lie_as_they_compute_fastest(tmp_path: Path) -> None:
+    sd = model()
+    before = {name: value.clone() for name, value in sd.unet.state_dict().items()}
+
+    def is_last() -> bool:
+        weights = [sd.unet.conv_in.weight, sd.vae.decoder.conv_in.weight]
+        return all(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+
+    assert not is_last() and is_last_of(sd.to(torch.bfloat16)) and is_last()
+    sd.save_pretrained(tmp_path / "saved")
+    assert not is_last_of(StableDiffusion.load(tmp_path / "saved", device="cpu", dtype=torch.float32))
+    sd.load_vae(tmp_path / "saved")
+    assert is_last() and not is_last_of(sd.to(torch.float32))
+    for name, value in sd.unet.state_dict().items():
+        assert torch.equal(value, before[name].bfloat16().float())
+    assert fast_layout(torch.device("cuda"), torch.float32) == torch.channels_last
+
+
+def is_last_of(sd: StableDiffusion) -> bool:
+    weight = sd.unet.conv_out.weight
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_layouts_change_no_picture() -> None:
+    sd = model()
+    expected = sd.text_to_image("a cat", output_type="latent", **QUICK).latents
+    sd.unet.to(memory_format=torch.channels_last)
+    sd.vae.to(memory_format=torch.channels_last)
+    assert relative_error(sd.text_to_image("a cat", output_type="latent", **QUICK).latents, expected) < 1e-5

@@ -38,10 +38,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Tests, sanitizer, tuning and timings with the packages that the machine with the GPU has: nothing is installed there.
-# PARTS picks some, see bench/gpu.py.
+# Checks, tests and timings with the packages that the machine with the GPU has: nothing is installed there. PARTS picks
+# some, see bench/gpu.py; results go to OUT, where it is given.
+gpu: OUT := $(if $(filter file,$(origin OUT)),,$(OUT))
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
+	PYTHONPATH=".:kernels:$$PYTHONPATH" $(PYTHON) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
 
 pictures: $(VENV)/run.stamp
 	$(BIN)/python docs/pictures.py

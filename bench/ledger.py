@@ -34,10 +34,11 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 import finetune
-from sdkernels import compile_report
+from sdkernels.launches import noting
 from sdkit.checkpoints.components import Components, build_text
 from sdkit.checkpoints.presets import read_preset
 from sdkit.devices import fast_layout
+from sdkit.networks.memory_layout import lay_out
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.networks.vae import AutoencoderKL
 from sdkit.prompts.tokenizer import clip_tokenizer
@@ -89,8 +90,11 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if name not in _FREE:
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            count = flop_registry.get(func._overloadpacket)
-            flops = 0 if count is None else int(count(*args, **(kwargs or {}), out_val=out))
+            count = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))  # addmm_ counts as addmm
+            operands = [
+                a for a in args if not isinstance(a, torch.dtype)
+            ]  # of the result, which some products are told
+            flops = 0 if count is None else int(count(*operands, **(kwargs or {}), out_val=out))
             self.enter(name, self._launches(name, args), tensors, flops)
         return out
 
@@ -123,9 +127,12 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _line(frame: FrameType | None) -> str:
-    """The innermost line of our packages at or above this frame."""
+    """The innermost line of our packages at or above this frame, beside those that only watch launches."""
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
+        if parts[-2:] == ("sdkernels", "launches.py"):
+            frame = frame.f_back
+            continue
         room = next((len(parts) - 1 - i for i, part in enumerate(reversed(parts)) if part in ROOMS), None)
         if room is not None and "site-packages" not in parts:
             return f"{'/'.join(parts[room:])}:{frame.f_lineno}"
@@ -152,7 +159,7 @@ def counting(architecture: int = ARCHITECTURE) -> Generator[Ledger]:
 
     JITFunction.run = entering  # type: ignore[method-assign]
     try:
-        with compile_report.noting(architecture, "auto"), ledger:
+        with noting(architecture, "auto"), ledger:
             yield ledger
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
@@ -166,6 +173,8 @@ def _operations(kernel: str, tensors: Mapping[str, Tensor]) -> int:
         products = {"backward_q": 3, "backward_kv": 4, "backward": 5}
         count = next((n for name, n in products.items() if name in kernel), 2)
         return 2 * count * batch * heads * queries * keys * width
+    if kernel.startswith("linear_geglu"):
+        return 2 * tensors["x_ptr"].numel() * len(tensors["weight_ptr"])
     if kernel.startswith("lora_linear"):
         (rows, columns), rank, out = tensors["x_ptr"].shape, len(tensors["a_ptr"]), len(tensors["weight_ptr"])
         return 2 * rows * (columns * out + rank * (columns + out))
@@ -187,7 +196,7 @@ def our_unet(preset: str, batch: int, side: int) -> list[Entry]:
     """A call of our UNet as the sampling loop makes it: keys, values and times are there already."""
     unet = _laid_out(_on_meta(lambda: UNet2DConditionModel.from_config(read_preset(preset)["unet"])))
     sample, time, context = _unet_inputs(preset, batch, side)
-    with torch.no_grad(), compile_report.noting(ARCHITECTURE, "auto"):
+    with torch.no_grad(), noting(ARCHITECTURE, "auto"):
         contexts, times = unet.context_kv(context), unet.time_projections(time)
     with torch.no_grad(), counting() as ledger:
         unet(sample, time, None, context_kv=contexts, time_projections=times)
@@ -268,7 +277,8 @@ def _on_meta(build: Callable[[], Any]) -> Any:
 
 def _laid_out(network: Any) -> Any:
     """As `sdkit.DiffusionModel.to` lays it out on a GPU."""
-    return network.to(memory_format=fast_layout(torch.device("cuda"), torch.float16))
+    lay_out(network, fast_layout(torch.device("cuda"), torch.float16))
+    return network
 
 
 def _latents(batch: int, side: int) -> Tensor:

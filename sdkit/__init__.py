@@ -13,7 +13,7 @@ from sdkit.version import __version__
 if TYPE_CHECKING:
     from sdkit.adapter_kinds import AdapterKind, register_adapter_kind
     from sdkit.checkpoints.inspection import inspect_file
-    from sdkit.diffusers_compat import accelerate
+    from sdkit.diffusers_compat import accelerate, restore
     from sdkit.errors import CheckpointError, ConfigError, NumericalError, SDKitError
     from sdkit.generation.generate import Output
     from sdkit.generation.options import Options, Settings
@@ -60,6 +60,7 @@ _HOMES = {
     "read_parameters": "generation.png",
     "record_attention": "viewing.attention_maps",
     "register_adapter_kind": "adapter_kinds",
+    "restore": "diffusers_compat",
     "trajectory_figure": "viewing.trajectory",
     "write_png": "generation.png",
 }
@@ -93,6 +94,7 @@ __all__ = [
     "read_parameters",
     "record_attention",
     "register_adapter_kind",
+    "restore",
     "trajectory_figure",
     "write_png",
 ]

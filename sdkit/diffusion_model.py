@@ -24,9 +24,11 @@ from sdkit.checkpoints.scheduler_config import (
     write_scheduler_config,
 )
 from sdkit.checkpoints.textual_inversion import TextualInversion, load_textual_inversion
-from sdkit.devices import default_dtype, fast_layout, find_device
+from sdkit.devices import default_dtype, find_device
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.graphs import Graphs
 from sdkit.networks.depth_estimator import DepthEstimator
+from sdkit.networks.memory_layout import lay_out
 from sdkit.networks.vae import AutoencoderKL, run_dtype
 from sdkit.prompts.tags import ExtraNetwork
 from sdkit.sampling.plan import Plan
@@ -47,10 +49,10 @@ class DiffusionModel:
     prompt's tags of this kind, ``<lora:name:0.8>``, in force while its pictures are made: a context manager that raises
     ConfigError for a name that it does not know. ``adapter_kinds`` names the kinds of adapters that the model has,
     ``adapter_states`` holds what such a kind keeps beside the networks. ``textual_inversions`` holds for each trigger
-    its vectors [n, D].
+    its vectors [n, D]. ``graphs`` as in `load`.
     """
 
-    def __init__(self, components: Components, backend: str | None = None) -> None:
+    def __init__(self, components: Components, backend: str | None = None, graphs: bool | None = None) -> None:
         self.unet, self.vae = components.unet, components.vae
         self.text_encoder: Any = components.text_encoder
         self.tokenizer: Any = components.tokenizer
@@ -71,7 +73,7 @@ class DiffusionModel:
 
         if backend not in (None, *sdkernels.BACKENDS):
             raise ConfigError(f"backend: expected {', '.join(sdkernels.BACKENDS)} or None, found {backend!r}")
-        self.backend = backend
+        self.backend, self.graphs, self._recorded = backend, graphs, Graphs()
         try:
             sdkernels.current()
         except ValueError as error:  # the environment names an unknown one
@@ -86,19 +88,21 @@ class DiffusionModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        graphs: bool | None = None,
         **options: Any,
     ) -> Self:
         """Load a model that ships with us by its name, a diffusers folder or a single file, whichever it is.
 
         device: the GPU if there is one, else the CPU. dtype: float16 on a GPU, else float32. backend: as in
-        ``sdkernels.backend``, None for the one in force. options: ``vae`` and ``text_encoder``, as a network or its
-        file, in place of the model's own, which may be missing; ``variant`` for a folder; ``preset``,
+        ``sdkernels.backend``, None for the one in force. graphs: whether a step's launches are recorded once and then
+        replayed without Python (`sdkit.graphs`), None for on a GPU alone. options: ``vae`` and ``text_encoder``, as a
+        network or its file, in place of the model's own, which may be missing; ``variant`` for a folder; ``preset``,
         ``prediction_type``, ``zero_snr`` and ``use_ema`` for a single file. Raises CheckpointError, and ConfigError for
         an option that does not belong to what is there.
         """
         place = find_device(device)
         components = loading.load(model, dtype=dtype or default_dtype(place), **options)
-        return cls(components, backend).to(place)
+        return cls(components, backend, graphs).to(place)
 
     @classmethod
     def from_pretrained(
@@ -110,6 +114,7 @@ class DiffusionModel:
         variant: str | None = None,
         vae: str | Path | AutoencoderKL | None = None,
         text_encoder: str | Path | CLIPTextModel | None = None,
+        graphs: bool | None = None,
     ) -> Self:
         """Load a model that ships with us by its name, or a diffusers folder by its path.
 
@@ -117,7 +122,7 @@ class DiffusionModel:
         """
         if loading.is_single_file(model):
             raise CheckpointError(f"{model}: expected a diffusers folder, found a file: call from_single_file")
-        return cls.load(model, device, dtype, backend, variant=variant, vae=vae, text_encoder=text_encoder)
+        return cls.load(model, device, dtype, backend, graphs, variant=variant, vae=vae, text_encoder=text_encoder)
 
     @classmethod
     def from_single_file(
@@ -132,6 +137,7 @@ class DiffusionModel:
         use_ema: bool = False,
         vae: str | Path | AutoencoderKL | None = None,
         text_encoder: str | Path | CLIPTextModel | None = None,
+        graphs: bool | None = None,
     ) -> Self:
         """Load a ``.safetensors`` or ``.ckpt`` file in the layout of CompVis and Stability.
 
@@ -145,6 +151,7 @@ class DiffusionModel:
             device,
             dtype,
             backend,
+            graphs,
             preset=preset,
             prediction_type=prediction_type,
             zero_snr=zero_snr,
@@ -173,8 +180,8 @@ class DiffusionModel:
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move every network to ``device`` and cast it to ``dtype``, either may be given first; returns self.
 
-        A VAE whose configuration says ``force_upcast`` is float32 where the others are float16. Convolutions' weights
-        are laid out as they compute fastest there (`sdkit.devices.fast_layout`).
+        A VAE whose configuration says ``force_upcast`` is float32 where the others are float16. Parameters
+        are laid out as they compute fastest there (`sdkit.networks.memory_layout`).
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -182,9 +189,10 @@ class DiffusionModel:
         for module in (self.unet, self.text_encoder):
             module.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=run_dtype(self.vae.config, dtype or self.vae.dtype))
+        self.free_graphs()
 
         for network in (self.unet, self.vae):
-            _lay_out(network)
+            lay_out(network)
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -208,7 +216,7 @@ class DiffusionModel:
         own = self.unet.dtype if self.vae.config.force_upcast else self.vae.dtype
         vae = loading.load_vae(path, dtype=own)
         vae = vae.to(self.vae.device, run_dtype(vae.config, own))
-        _lay_out(vae)
+        lay_out(vae)
         had, new = ((v.config.latent_channels, v.config.factor) for v in (self.vae, vae))
         if had != new:
             raise CheckpointError(
@@ -285,8 +293,7 @@ class DiffusionModel:
 
         try:
             with contextlib.ExitStack() as stack:
-                if self.backend is not None:
-                    stack.enter_context(sdkernels.backend(self.backend))
+                stack.enter_context(sdkernels.backend(self.backend or sdkernels.current()))  # else every op looks it up
                 for kind in sorted(kinds):
                     named = [network for network in networks if network.kind == kind]
                     stack.enter_context(self.extra_networks[kind](named))
@@ -294,6 +301,22 @@ class DiffusionModel:
                 yield
         except sdkernels.UnsupportedError as error:
             raise ConfigError(str(error)) from None
+
+    @contextlib.contextmanager
+    def lend_graphs(self) -> Generator[Graphs | None]:
+        """The model's graphs for a call that makes pictures; None where there are to be none, or another call has them.
+
+        Beside another thread's call, or inside another, from its callback, a call makes its pictures without.
+        """
+        if not (self.device.type == "cuda" if self.graphs is None else self.graphs):
+            yield None
+            return
+        with self._recorded.lent() as graphs:
+            yield graphs
+
+    def free_graphs(self) -> None:
+        """Give the memory of the recorded graphs back; the next pictures record them anew."""
+        self._recorded.free()
 
     def _warn_of_idle_adapters(self) -> None:
         """Warn of each adapter that is there for the first time and does nothing: its scale is 0, or it is disabled.
@@ -314,8 +337,3 @@ class DiffusionModel:
 def _folded(trigger: str) -> str:
     """A trigger as it is looked for: whatever its case and white space."""
     return " ".join(trigger.lower().split())
-
-
-def _lay_out(network: Any) -> None:
-    """Put the convolutions' weights in the order that computes fastest where the network is."""
-    network.to(memory_format=fast_layout(network.device, network.dtype))

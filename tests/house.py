@@ -19,7 +19,7 @@ HOMES = {"sdkernels": "kernels/sdkernels", "sdkit": "sdkit", "finetune": "finetu
 FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sdkit": (
         ("errors", "version"),
-        ("checks", "devices", "files"),
+        ("checks", "devices", "files", "graphs"),
         ("adapter_kinds", "images"),
         ("networks", "sampling"),
         ("prompts",),
@@ -57,6 +57,7 @@ PROMPT_TO_PICTURE = (
     "sdkit/prompts/emphasis.py",
     "sdkit/generation/noise.py",
     "sdkit/generation/generate.py",  # the stages
+    "sdkit/generation/prediction.py",  # the network's calls
     "sdkit/sampling/plan.py",  # the loop
     "sdkit/sampling/guidance.py",
     "sdkit/networks/unet.py",
@@ -231,7 +232,9 @@ def counts(root: Path = ROOT) -> dict[str, list[str]]:
     return {
         "follow a prompt to its picture": opened(graph, PROMPT_TO_PICTURE),
         "add a sampler (as dpm2_a)": naming(r"\bdpm2_a\b", ["sdkit"], root),
-        "add a kernel (as geglu)": naming(r"\bdef geglu\b|\"geglu\"|import geglu\b", ["kernels/sdkernels"], root),
+        "add a kernel (as add_noise)": naming(
+            r"\bdef add_noise\b|\"add_noise\"|import add_noise\b", ["kernels/sdkernels"], root
+        ),
         "add an adapter kind (as hypernetwork)": [
             "finetune/hypernetwork/",
             *naming(r"finetune\.hypernetwork\.verbs\b", ["sdkit", "finetune"], root),

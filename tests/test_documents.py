@@ -141,6 +141,8 @@ def check_module(name: str, arguments: list[str]) -> None:
     """``python -m NAME ARGUMENTS``."""
     module = importlib.import_module(name)
     app = getattr(module, "app", None)
+    if callable(parser := getattr(module, "parser", None)):
+        parser().parse_args(arguments)
     if app is None and arguments and "parser" not in dir(module):
         app = typer.Typer()
         app.command()(module.main)

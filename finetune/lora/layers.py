@@ -21,6 +21,7 @@ class _LoraLayer(lora.LoraLayer):
     """The base of our two kinds of layers. ``strength``: by adapter, the user's factor on alpha / rank."""
 
     other_param_names = (*lora.LoraLayer.other_param_names, "strength")
+    unread_by_forward = frozenset({"strength", "lora_alpha", "use_rslora"})  # a graph outlives their changes
 
     # peft's attributes, which it leaves untyped; by the adapter's name, but for the last.
     r: dict[str, int]
@@ -132,12 +133,10 @@ class LoraLinear(_LoraLayer, lora.Linear):
 
         base, a, b = self.base, self.lora_A[name].weight, self.lora_B[name].weight
         kind = x.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        casts = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no meta device
         dtype = torch.get_autocast_dtype(kind) if casts else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
-        return sdkernels.lora_linear(
-            x.to(dtype), base.weight.to(dtype), bias, a.to(dtype), b.to(dtype), self.scaling[name]
-        )
+        return sdkernels.lora_linear(x.to(dtype), base.weight.to(dtype), bias, a, b, self.scaling[name])
 
     def _alone(self) -> str | None:
         """The one adapter that runs here, if the kernel can take it."""

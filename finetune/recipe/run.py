@@ -143,7 +143,8 @@ def teach(
     if loss_config.prior_target == "base" and accelerator.is_fsdp2:  # which waits until all processes ask
         raise ConfigError("prior_target: expected picture under FSDP, found base")
 
-    sd = StableDiffusion.load(model.model, accelerator.device, dtypes[accelerator.mixed_precision])
+    # Without graphs, whose memory is the training's.
+    sd = StableDiffusion.load(model.model, accelerator.device, dtypes[accelerator.mixed_precision], graphs=False)
     with accelerator.main_process_first():
         make_class_pictures(sd, data_config)
     data = training_data(sd, data_config, config.seed, accelerator, last_caption)

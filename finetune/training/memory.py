@@ -65,8 +65,9 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object], recomputed: tu
 
     def enter(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         nonlocal current
-        for tensor in tree_leaves(arguments):
-            note(tensor)
+        for leaf in tree_leaves(arguments):
+            if isinstance(leaf, Tensor):
+                note(leaf)
         current = {}
 
     def leave(*_: object) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import reference
-from .backend import BACKENDS, UnsupportedError, backend, current, reference_only
+from .backend import BACKENDS, UnsupportedError, backend, current, fuses, reference_only
 
 if TYPE_CHECKING:
     from .reference import *  # noqa: F403  # the ops have their definitions' signatures
@@ -24,5 +24,5 @@ def _op(name: str) -> Any:
 
 globals().update({name: _op(name) for name in reference.__all__})
 
-__all__ = ["BACKENDS", "UnsupportedError", "backend", "current", "reference"]
+__all__ = ["BACKENDS", "UnsupportedError", "backend", "current", "fuses", "reference"]
 __all__ += reference.__all__

@@ -29,8 +29,11 @@ def add_noise_forward_kernel(
 
     A timestep outside the table gives NaN: it must not become a picture.
     """
+    # Which elements of which sample.
+    blocks = tl.cdiv(size, BLOCK)
+    sample, block = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
+
     # The sample's timestep; a negative one counts from the end.
-    sample = tl.program_id(0).to(tl.int64)
     t = tl.load(t_ptr + sample)
     t = tl.where(t < 0, t + length, t)
 
@@ -39,7 +42,7 @@ def add_noise_forward_kernel(
     signal, sigma = tl.sqrt(acp).to(tl.float32), tl.sqrt(1 - acp).to(tl.float32)
 
     # Load the sample and the noise.
-    place = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     offset = sample * size + place
     x = tl.load(x_ptr + offset, mask=inside).to(tl.float32)
@@ -62,9 +65,8 @@ def add_noise_forward(
     """Contiguous x0 and noise [B, ...], t [B], table [T] -> x_t and, if asked for, v (else empty)."""
     x_t, velocity = _fake(x0, noise, t, alphas_cumprod, with_velocity)
     size = x0.numel() // len(x0)
-    grid = (len(x0), triton.cdiv(size, BLOCK))
 
-    add_noise_forward_kernel[grid](
+    add_noise_forward_kernel[(len(x0) * triton.cdiv(size, BLOCK),)](
         x0,
         noise,
         t,

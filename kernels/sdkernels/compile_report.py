@@ -1,14 +1,17 @@
 """Compile every kernel for every GPU generation, on a machine that needs no GPU, and report on the machine code.
 
     python -m sdkernels.compile_report [--arch 80 90 ...] [--op NAME ...] [--all | --small] [--json FILE]
+    python -m sdkernels.compile_report --floors [--arch 90 ...] [--op NAME ...] [--case PART OF NAME] [--simulate]
 
-No launch is written down here. Each op of the registry runs, forward and backward, on tensors without data, while
-Triton's own hook notes each kernel that its JIT would compile; these are then compiled, into Triton's own cache. By
-default these are all hot cases in float16 and bfloat16, and each kernel once in float32; a kernel that no hot case uses
-comes from the odd ones. ``--small`` takes each kernel once, in float16; ``--all`` takes all cases in all dtypes.
+No launch is written down here: ``launches.py`` notes what each op of the registry would launch, forward and backward.
+By default these are all hot cases in float16 and bfloat16, and each kernel once in float32; a kernel that no hot case
+uses comes from the odd ones. ``--small`` takes each kernel once, in float16; ``--all`` takes all cases in all dtypes.
+``--floors`` takes each launch of the hot cases in float16, and says what the static model says of its time
+(``static_model.md`` beside this folder).
 
 The exit status is 1, and the kernels are named, when a forward kernel spills registers, when one needs more shared or
-tensor memory than its architecture has, when one does not compile, or when an op refuses a case or launches nothing.
+tensor memory than its architecture has, when one does not compile, when an op refuses a case or launches nothing, or
+when a target of the registry cannot be met, by the model, with the kernels as they are.
 """
 
 from __future__ import annotations
@@ -17,157 +20,27 @@ import argparse
 import itertools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime import driver
 
 from . import registry
-from .backend import backend, simulate
+from .compilation import compiled
+from .gpus import LIMITS, TENSOR_MEMORY, occupancy
+from .launches import Launch, launches
+from .machine_code import Code
 from .op_spec import Case, OpSpec
+from .speed_report import CaseSpeed, case_speed, launch_speed
 
-PACKAGE = sys.modules[registry.__name__.rpartition(".")[0]]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-
-
-class Limits(NamedTuple):
-    """The room on a multiprocessor; shared memory in bytes."""
-
-    warps: int
-    blocks: int
-    shared: int
-    shared_reserved: int  # of each block, by the system
-    shared_block: int  # what a block gets at most
-
-
-# CUDA programming guide, "Compute Capabilities", technical specifications
-LIMITS = {
-    75: Limits(32, 16, 64 << 10, 0, 64 << 10),
-    80: Limits(64, 32, 164 << 10, 1 << 10, 163 << 10),
-    86: Limits(48, 16, 100 << 10, 1 << 10, 99 << 10),
-    89: Limits(48, 24, 100 << 10, 1 << 10, 99 << 10),
-    90: Limits(64, 32, 228 << 10, 1 << 10, 227 << 10),
-    100: Limits(64, 32, 228 << 10, 1 << 10, 227 << 10),
-    120: Limits(48, 24, 100 << 10, 1 << 10, 99 << 10),
-}
-TENSOR_MEMORY = 512  # columns, sm_100
-
-
-def occupancy(arch: int, warps: int, registers: int, shared: int) -> int:
-    """Warps that fit on a multiprocessor at once, for blocks of ``warps`` with this much of each.
-
-    As NVIDIA's cuda_occupancy.h counts it: a quarter of the multiprocessor has 16384 registers, a warp takes them in
-    units of 256, and a block its shared memory in units of 128 bytes (256 before sm_80).
-    """
-    limits = LIMITS[arch]
-    unit = 128 if arch >= 80 else 256
-    by_registers = 4 * (16384 // (-(-registers * 32 // 256) * 256)) // warps
-    room = -(-(shared + limits.shared_reserved) // unit) * unit
-    blocks = min(limits.blocks, limits.warps // warps, by_registers, limits.shared // room if room else limits.blocks)
-    return blocks * warps
-
-
-class Launch(NamedTuple):
-    """A launch, specialized as the JIT does it."""
-
-    op: str
-    case: str
-    dtype: str
-    arch: int
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.__name__
-
-    @property
-    def binary(self) -> str:
-        """A key that is the same for launches of the same machine code."""
-        return f"{self.arch} {self.kernel} {self.signature} {self.constants} {self.attributes} {self.options}"
-
-
-class _Driver:
-    """A stand-in for the CUDA driver, which the JIT asks only for the GPU to specialize for."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # no real device has this number: what the JIT remembers of it stays apart
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-
-@contextmanager
-def noting(arch: int, choice: str = "triton") -> Generator[list[tuple[Any, dict[str, Any]]]]:
-    """Inside the block a launch on meta tensors is only noted: (kernel, the arguments of its compilation).
-
-    choice: the backend; "auto" takes the kernels that it would take on a GPU of this architecture.
-    """
-    noted: list[tuple[Any, dict[str, Any]]] = []
-
-    def note(*, fn: Any, compile: Any, **_: Any) -> bool:
-        noted.append((fn.jit_function, compile))
-        return True  # no need to compile: the JIT then launches nothing
-
-    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
-    driver.set_active(_Driver(arch))  # type: ignore[arg-type]  # as much of a driver as it takes
-    try:
-        with simulate(arch), backend(choice):
-            yield noted
-    finally:
-        knobs.runtime.jit_cache_hook = before
-        driver.set_active(None)  # type: ignore[arg-type]  # the next to ask finds the machine's own
-
-
-def launches(spec: OpSpec, case: Case, dtype: torch.dtype, arch: int) -> Iterator[Launch]:
-    """The op's launches for a case, forward and backward."""
-    inputs = spec.inputs(case, dtype, "meta")
-    leaves = [inputs[name].requires_grad_() for name in spec.gradients if isinstance(inputs.get(name), Tensor)]
-    with noting(arch) as noted:
-        out = getattr(PACKAGE, spec.name)(**inputs)
-        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-        if outs:
-            torch.autograd.grad(outs, leaves, [torch.empty_like(o) for o in outs])
-
-    for kernel, given in noted:
-        stored = json.loads(given["specialization_data"])["options"]  # all of them; lists were tuples
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        yield Launch(
-            op=spec.name,
-            case=case.name,
-            dtype=str(dtype).removeprefix("torch."),
-            arch=arch,
-            kernel=kernel,
-            signature=given["signature"],
-            constants=given["constants"],
-            attributes=given["configs"][0],
-            options=options,
-        )
 
 
 def plan(spec: OpSpec, arch: int, extent: str) -> tuple[list[Launch], list[str]]:
@@ -204,7 +77,10 @@ def _line(error: BaseException) -> str:
 
 @dataclass
 class Row:
-    """One compiled launch. Memory and code in bytes; ``local`` holds spilled registers and other stack."""
+    """One compiled launch. Memory and code in bytes; ``local`` holds spilled registers and other stack.
+
+    ``floor`` is that of the first case in microseconds, and ``limiter`` what it comes from (``static_model.py``).
+    """
 
     op: str
     case: str
@@ -220,6 +96,9 @@ class Row:
     shared: int = 0
     tensor_memory: int = 0
     occupancy: int = 0
+    floor: float = 0.0
+    limiter: str = ""
+    unknown: int = 0
     code: int = 0
     instructions: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -235,15 +114,16 @@ class Row:
         mix = " ".join(f"{name} {count}" for name, count in self.instructions.items())
         return (
             f"{self.op:16} {self.kernel:44} {self.arch:4} {self.dtype:8} {self.num_warps:2} {self.num_stages:2} "
-            f"{self.registers:4} {self.local:5} {self.shared:6} {self.occupancy:2}/{most} {self.code:6}  "
+            f"{self.registers:4} {self.local:5} {self.shared:6} {self.occupancy:2}/{most} {self.code:6} "
+            f"{self.floor:8.2f} {self.limiter:8}  "
             f"{self.problem or mix} | {constants} | {self.case}"
         )
 
 
 HEADER = (
-    f"{'op':16} {'kernel':44} {'sm':>4} {'dtype':8} {'w':>2} {'st':>2} regs local shared warps   code"
+    f"{'op':16} {'kernel':44} {'sm':>4} {'dtype':8} {'w':>2} {'st':>2} regs local shared warps   code    floor by      "
     "  instructions | constants | first case"
-    "    (w: warps of a block, st: stages, local: spilled bytes, warps: resident of at most)"
+    "    (w: warps of a block, st: stages, local: spilled bytes, warps: resident of at most, floor: us of the case)"
 )
 
 
@@ -261,18 +141,19 @@ def build(launch: Launch) -> Row:
         num_stages=launch.options["num_stages"],
     )
 
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     try:
-        built: Any = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
-    except Exception as error:  # whatever the compiler raises is the finding
+        built = compiled(launch)
+        bounds = launch_speed(launch).floors
+    except Exception as error:  # whatever the compiler or the model raises is the finding
         row.problem = f"does not compile: {_line(error)}"
         return row
 
     # The compiler may have changed the warps.
-    row.num_warps = built.metadata.num_warps
-    row.shared, row.tensor_memory = built.metadata.shared, built.metadata.tmem_size or 0
-    row.registers, row.local, row.code, row.instructions = inspect(built.asm["cubin"])
+    row.num_warps, row.shared, row.tensor_memory = built.warps, built.shared, built.tensor_memory
+    row.registers, row.local, row.instructions = built.code.registers, built.code.local, _mix(built.code)
+    row.code = 16 * sum(x.kind != "NOP" for x in built.code.instructions)
     row.occupancy = occupancy(row.arch, row.num_warps, row.registers, row.shared)
+    row.floor, row.limiter, row.unknown = bounds.floor, bounds.limiter, bounds.unknown
 
     limit = LIMITS[row.arch].shared_block
     wrong = {
@@ -289,52 +170,78 @@ _SHOWN = (
     *("LDG.128", "LDG", "LDGSTS.128", "LDGSTS", "STG.128", "STG", "ATOMG", "RED", "REDG"),  # LDGSTS: asynchronous
     *("LDSM", "LDS", "STSM", "STS", "SHFL", "LDL", "STL"),  # shared memory, and the two that spills make
 )
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
-def _label(code: str) -> str:
-    """The name under which an instruction is counted: LDG.128 loads 16 bytes a thread, LDG fewer."""
-    name, *modifiers = code.split(".")
-    return f"{name}.128" if "128" in modifiers and name in ("LDG", "LDGSTS", "STG") else name
+def _mix(code: Code) -> dict[str, int]:
+    """The counts of instructions in _SHOWN: LDG.128 loads 16 bytes a thread, LDG fewer."""
+    wide = ("LDG", "LDGSTS", "STG")
+    count = Counter(f"{x.kind}.128" if ".128" in x.name and x.kind in wide else x.kind for x in code.instructions)
+    return {name: count[name] for name in _SHOWN if count[name]}
 
 
-def inspect(cubin: bytes) -> tuple[int, int, int, dict[str, int]]:
-    """Registers a thread, bytes of stack and local memory, bytes of code, and the counts of instructions in _SHOWN."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    registers, local = max(int(u[0]) for u in used), max(int(u[1]) + int(u[2]) for u in used)
-
-    codes = [code for code in _INSTRUCTION.findall(text) if code != "NOP"]  # which is padding
-    count = Counter(map(_label, codes))
-    return registers, local, 16 * len(codes), {name: count[name] for name in _SHOWN if count[name]}
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sdkernels.compile_report", description="Compile every kernel.")
-    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=ARCHITECTURES, help="90 for sm_90")
-    parser.add_argument("--op", nargs="+", choices=registry.OPS, default=list(registry.OPS))
-    extent = parser.add_mutually_exclusive_group()
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    found = argparse.ArgumentParser(prog="python -m sdkernels.compile_report", description="Compile every kernel.")
+    found.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=ARCHITECTURES, help="90 for sm_90")
+    found.add_argument("--op", nargs="+", choices=registry.OPS, default=list(registry.OPS))
+    extent = found.add_mutually_exclusive_group()
     extent.add_argument("--all", dest="extent", action="store_const", const="all", help="every case in every dtype")
     extent.add_argument("--small", dest="extent", action="store_const", const="small", help="each kernel once")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
-    if knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    return parser.parse_args(argv)
+    extent.add_argument("--floors", action="store_true", help="each launch of the hot cases: bounds of its time")
+    found.add_argument("--case", default="", help="with --floors: only cases whose names have this in them")
+    found.add_argument("--simulate", action="store_true", help="with --floors: simulated times too")
+    found.add_argument("--json", type=Path, help="without --floors: write the rows to this file too")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and return the exit status."""
+    """Print the tables, and return the exit status."""
+    options = parser()
+    arguments = options.parse_args(argv)
+    if knobs.runtime.interpret:
+        options.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
+    if arguments.floors and arguments.json:
+        options.error("--json is not for --floors")
+    if not arguments.floors and (arguments.case or arguments.simulate):
+        options.error("--case and --simulate are for --floors")
+
+    pairs = [(registry.OPS[name], arch) for arch, name in itertools.product(arguments.arch, arguments.op)]
+    problems = _floors(pairs, arguments) if arguments.floors else _machine_code(pairs, arguments)
+    for problem in problems:
+        print(f"FAILED: {problem}")
+    print(f"{len(problems)} problems")
+    return 1 if problems else 0
+
+
+def _floors(pairs: list[tuple[OpSpec, int]], arguments: argparse.Namespace) -> list[str]:
+    """Print the floors of each launch of the hot cases, in float16; returns the problems."""
+    problems: list[str] = []
+    for spec, arch in pairs:
+        for case in spec.hot:
+            if arguments.case in case.name:
+                speed, wrong = _speed(spec, case, arch, arguments.simulate)
+                problems += wrong
+                print(*([speed, *speed.launches] if speed else []), sep="\n", flush=True)
+    return problems
+
+
+def _speed(spec: OpSpec, case: Case, arch: int, simulation: bool) -> tuple[CaseSpeed | None, list[str]]:
+    """What the static model says of a case, and the problems."""
+    try:
+        speed = case_speed(spec, case, arch, simulation)
+    except Exception as error:  # whatever an op, the compiler or the model raises is a finding
+        return None, [f'{spec.name} sm_{arch} "{case.name}": {_line(error)}']
+    return speed, speed.problems
+
+
+def _machine_code(pairs: list[tuple[OpSpec, int]], arguments: argparse.Namespace) -> list[str]:
+    """Print a row for each binary; returns the problems."""
     # Which launches, and what the ops refused.
-    arguments = _arguments(argv)
+    extent = arguments.extent or "hot"
     todo: list[Launch] = []
     problems: list[str] = []
-    for arch, name in itertools.product(arguments.arch, arguments.op):
-        found, wrong = plan(registry.OPS[name], arch, arguments.extent or "hot")
+    for spec, arch in pairs:
+        found, wrong = plan(spec, arch, extent)
         todo, problems = todo + found, problems + wrong
 
     # Compile, and print each row when it is done.
@@ -344,20 +251,29 @@ def main(argv: list[str] | None = None) -> int:
         for row in pool.map(build, todo):
             print(row, flush=True)
             rows.append(row)
+    print(f"{len(rows)} kernels")
 
     problems += [f"{row.title}: {row.problem}" for row in rows if row.problem]
+    for row in rows:
+        if row.local and not row.problem:
+            print(f"note: {row.title}: spills, {row.local} bytes of local memory")
+        if row.unknown:
+            print(f"note: {row.title}: {row.unknown} loops of unknown length are counted once")
+
+    # The targets. They stand on their own cases, of which the small extent has none.
+    for spec, arch in pairs if extent != "small" else []:
+        for target in spec.targets:
+            if arch in target.architectures:
+                case = next(case for case in spec.hot if case.name == target.case)
+                speed, wrong = _speed(spec, case, arch, target.simulated)
+                problems += wrong
+                print(*([speed] if speed else []), flush=True)
+
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         content = {"versions": versions, "problems": problems, "kernels": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-
-    for row in rows:
-        if row.local and not row.problem:
-            print(f"note: {row.title}: spills, {row.local} bytes of local memory")
-    for problem in problems:
-        print(f"FAILED: {problem}")
-    print(f"{len(rows)} kernels, {len(problems)} problems")
-    return 1 if problems else 0
+    return problems
 
 
 if __name__ == "__main__":

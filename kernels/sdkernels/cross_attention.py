@@ -12,10 +12,11 @@ from typing import Any, Literal, overload
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .attention_backward import attention_backward, sum_parts
-from .backend import current, device_of, opaque, use_kernel
+from .backend import apply, current, device_of, opaque, use_kernel
 from .cross_attention_kernels import (
     cross_attention_backward_kernel,
     cross_attention_forward_kernel,
@@ -23,6 +24,7 @@ from .cross_attention_kernels import (
 )
 from .head_tiles import (
     LOG2_E,
+    attention_results,
     choice_sizes,
     head_constants,
     padded,
@@ -50,41 +52,42 @@ def _forward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: in
     """64 queries, for 8 warps where the scores and sums of a row, m + D float32 values, are too many for 4.
 
     They are sooner on sm_100, where all of them come from tensor memory at once. float32 has no tensor cores to feed.
-    ``programs``: how many a multiprocessor should get at least.
+    ``programs``: how many a multiprocessor gets at most. Where keys and values lie in shared memory (sm_90, sm_100)
+    there is room for more; elsewhere fewer prepare more, and load the queries of two blocks ahead.
     """
     if dtype == torch.float32:
         return {"BQ": 16, "num_warps": 4, "num_stages": 1, "programs": 4}
-    few = sum(split_width(m)) + d1 + d2 <= (128 if device.capability == 100 else 192)
-    return {"BQ": 64, "num_warps": 4 if few else 8, "num_stages": 2, "programs": 4}
+    few = sum(split_width(m)) + d1 + d2 <= {90: 208, 100: 128}.get(device.capability, 192)
+    shared = device.capability in (90, 100)
+    return {"BQ": 64, "num_warps": 4 if few else 8, "num_stages": 2 if shared else 3, "programs": 4 if shared else 2}
 
 
 @tunable("cross_attention_backward", _candidates((64, 4), (64, 8)))
 def _backward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Tiles:
-    """64 queries for 8 warps: the sums of the keys' gradients, 2 m D float32 values, are for the whole program."""
+    """64 queries for 8 warps: the sums of the keys' gradients, 2 m D float32 values, are for the whole program.
+
+    Of which a multiprocessor has room for one, so ``programs`` is 1 too.
+    """
     if dtype == torch.float32:
         return {"BQ": 16, "num_warps": 8, "num_stages": 1, "programs": 2}
-    return {"BQ": 64, "num_warps": 8, "num_stages": 2, "programs": 2}
+    return {"BQ": 64, "num_warps": 8, "num_stages": 2, "programs": 1}
 
 
 def _work(q: Tensor, tiles: Tiles) -> tuple[int, Tiles]:
-    """Queries per program, at least a block, so many that each multiprocessor has ``programs``; the kernel's tiles."""
+    """Queries per program, as whole blocks that make at most ``programs`` a multiprocessor; the kernel's tiles."""
     b, n, h, _ = q.shape
-    blocks = triton.cdiv(n, tiles["BQ"]) * b * h // (tiles["programs"] * device_of(q).multiprocessors)
-    return max(1, blocks) * tiles["BQ"], {name: value for name, value in tiles.items() if name != "programs"}
+    blocks = triton.cdiv(triton.cdiv(n, tiles["BQ"]) * b * h, tiles["programs"] * device_of(q).multiprocessors)
+    return blocks * tiles["BQ"], {name: value for name, value in tiles.items() if name != "programs"}
 
 
 def _parts(m: int) -> dict[str, int]:
     return dict(zip(("M1", "M2"), split_width(m), strict=True))
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@opaque(_fake_forward)
-def cross_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, N, H, D], k and v [B, M, H, D], ``strided`` -> o [B, N, H, D], log-sum-exp in base 2 [B, H, N] float32."""
-    o, lse = _fake_forward(q, k, v, scale)
+@opaque(attention_results)
+def cross_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """As ``self_attention_forward``, for keys and values that stay on chip."""
+    o, lse = attention_results(q, k, v, scale, with_lse)
     (b, n, h, _), m = q.shape, k.shape[1]
     queries, tiles = _work(q, _forward_tiles(*choice_sizes(q, k)))
 
@@ -93,7 +96,7 @@ def cross_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tu
         k,
         v,
         o,
-        lse,
+        lse if with_lse else None,
         n,
         m,
         h,
@@ -200,12 +203,13 @@ class _CrossAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = strided(q), strided(k), strided(v)
         forward = cross_attention_forward if _one_pass(q, k.shape[1]) else self_attention_forward
-        o, lse = forward(q, k, v, scale)
+        o, lse = forward(q, k, v, scale, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, None if _one_pass_backward(q, k.shape[1]) else o, lse)
         ctx.scale = scale
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
         q, k, v, o, lse = ctx.saved_tensors
         if o is None:
@@ -242,7 +246,7 @@ def cross_attention(
     if not use_kernel("cross_attention", why_not, q, k, v):
         return reference.cross_attention(q, k, v, scale, probabilities=probabilities)
 
-    out: Tensor = _CrossAttention.apply(q, k, v, factor)  # type: ignore[assignment]
+    out: Tensor = apply(_CrossAttention, q, k, v, factor)
     if not probabilities:
         return out
     return out, cross_attention_probabilities(strided(q.detach()), strided(k.detach()), factor)

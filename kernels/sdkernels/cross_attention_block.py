@@ -17,10 +17,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .attention_backward import attention_backward
-from .backend import current, device_of, opaque, use_kernel
+from .backend import apply, current, device_of, opaque, use_kernel
 from .cross_attention import cross_attention, cross_attention_backward, cross_attention_forward
 from .head_tiles import (
     LOG2_E,
@@ -83,20 +84,22 @@ def attend(
         k1, k2 = load_head(k_ptr, key, W, M, D, D1, D2, False)
         p2 = masked_scores(q1, q2, k1, k2, M - M1, D2, M2, False)
         top = tl.maximum(top, tl.max(p2, 1))
+    top *= scale
 
     # Softmax and values, part by part of the keys.
-    p1 = tl.exp2((p1 - top[:, None]) * scale)
+    p1 = tl.exp2(p1 * scale - top[:, None])
     total = tl.sum(p1, 1)
     o1, o2 = zeros(BQ, D1, D2)
     o1, o2 = add_product(o1, o2, p1, v1, v2, D2)
     if M2 > 0:
-        p2 = tl.exp2((p2 - top[:, None]) * scale)
+        p2 = tl.exp2(p2 * scale - top[:, None])
         total += tl.sum(p2, 1)
         v1, v2 = load_head(v_ptr, key, W, M, D, D1, D2, False)
         o1, o2 = add_product(o1, o2, p2, v1, v2, D2)
 
     # Divide by the sum, and round: the output projection is a product of tensor cores as well.
-    return (o1 / total[:, None]).to(q1.dtype), (o2 / total[:, None]).to(q1.dtype)
+    share = (1.0 / total)[:, None]
+    return (o1 * share).to(q1.dtype), (o2 * share).to(q1.dtype)
 
 
 @triton.jit
@@ -269,6 +272,7 @@ class _CrossAttentionBlock(torch.autograd.Function):
         return cross_attention_block_forward(x, to_q, k, v, to_out, None if bias is None else bias.contiguous(), scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
         """Compute the queries and the outputs of the heads again; the projections are PyTorch's."""
         x, to_q, k, v, to_out = ctx.saved_tensors
@@ -276,7 +280,7 @@ class _CrossAttentionBlock(torch.autograd.Function):
 
         # Forward again, unfused.
         q = F.linear(x, to_q).unflatten(-1, k.shape[2:])
-        o, lse = cross_attention_forward(q, k, v, ctx.scale)
+        o, lse = cross_attention_forward(q, k, v, ctx.scale, True)
 
         # Attention, by the kernel that cross_attention would choose: within our limits one holds the sums on sm_90.
         do = (dy @ to_out).unflatten(-1, k.shape[2:])
@@ -345,7 +349,7 @@ def cross_attention_block(
     wanted = current() == "triton" or _is_faster(x, to_q, k, v, to_out, bias)
     taken = wanted and _takes(x, to_q, k, v, to_out, bias, factor)
     if taken and use_kernel("cross_attention_block", None, x, to_q, k, v, to_out, bias):
-        return _CrossAttentionBlock.apply(x, to_q, k, v, to_out, bias, factor)  # type: ignore[no-any-return]
+        return apply(_CrossAttentionBlock, x, to_q, k, v, to_out, bias, factor)
 
     q = F.linear(x, to_q).unflatten(-1, k.shape[2:])
     return F.linear(cross_attention(q, k, v, scale).flatten(2), to_out, bias)

@@ -41,7 +41,7 @@ def cross_attention_forward_kernel(
     BQ: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """q [B, N, H, D], k and v [B, M, H, D] by strides, o [B, N, H, D], lse [B, H, N] in base 2.
+    """q [B, N, H, D], k and v [B, M, H, D] by strides, o [B, N, H, D], lse [B, H, N] in base 2 or None.
 
     A program: ``queries`` queries of one head, BQ at a time. ``scale`` counts in base 2 and is positive. The keys are
     parts of M1 and M2 rows; the first is full if there is a second.
@@ -86,10 +86,12 @@ def cross_attention_forward_kernel(
             total += tl.sum(p2, 1)
             o1, o2 = add_product(o1, o2, p2, v3, v4, D2)
 
-        # Store, divided by the sum only now; and the log-sum-exp, from which the backward pass has p again.
+        # Store, divided by the sum only now; and, if wanted, the log-sum-exp, from which backward has p again.
         result = ((b.to(tl.int64) * N + start) * H + h) * D
-        store_head(o_ptr + result, o1 / total[:, None], o2 / total[:, None], row, H * D, N - start, D, D1, D2)
-        tl.store(lse_ptr + head.to(tl.int64) * N + start + row, top + tl.log2(total), mask=row < N - start)
+        share = (1.0 / total)[:, None]  # one division a row
+        store_head(o_ptr + result, o1 * share, o2 * share, row, H * D, N - start, D, D1, D2)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + head.to(tl.int64) * N + start + row, top + tl.log2(total), mask=row < N - start)
 
 
 @triton.jit
@@ -233,15 +235,18 @@ def cross_attention_probabilities_forward_kernel(
             k3, k4 = load_head(start_k, key2, k_n, M, D, D1, D2, False)
             p2 = masked_scores(q1, q2, k3, k4, M - M1, D2, M2, False)
             top = tl.maximum(top, tl.max(p2, 1))
-            p2 = tl.exp2((p2 - top[:, None]) * scale)
+        top *= scale
 
         # Softmax, as a share of the mean.
-        p1 = tl.exp2((p1 - top[:, None]) * scale)
+        p1 = tl.exp2(p1 * scale - top[:, None])
         total = tl.sum(p1, 1)
         if M2 > 0:
+            p2 = tl.exp2(p2 * scale - top[:, None])
             total += tl.sum(p2, 1)
-            mean2 += p2 / (total * H)[:, None]
-        mean1 += p1 / (total * H)[:, None]
+        share = (1.0 / (total * H))[:, None]
+        mean1 += p1 * share
+        if M2 > 0:
+            mean2 += p2 * share
 
     # Store.
     probs_ptr += b.to(tl.int64) * N * M

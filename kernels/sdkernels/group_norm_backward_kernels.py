@@ -6,6 +6,7 @@ P pixels and C channels; x [B, P, C] by strides is channels-last where ``channel
     dx = rstd (w dz - mean(w dz) - x' mean(w dz x'))        over a group
 
 The kernels call few functions, for a call takes milliseconds in Triton's interpreter.
+exp2 is one instruction where exp is two; the factor is log2 e.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import triton.language as tl
 def group_norm_backward_kernel(
     x_ptr,
     dy_ptr,
+    dtotal_ptr,
+    shift_ptr,
     add_ptr,
     weight_ptr,
     bias_ptr,
@@ -35,7 +38,8 @@ def group_norm_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x, dy and dx [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups]; dadd [B, C].
+    """x, dy, dtotal and dx [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups]; dadd
+    [B, C].
 
     sums [2, B, C]: of the gradient before the activation, dz, and of dz times the normed x. A program: one group of one
     sample.
@@ -54,21 +58,24 @@ def group_norm_backward_kernel(
     x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     dz = tl.load(dy_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     statistics_ptr += tl.program_id(0)
-    x = x - tl.load(statistics_ptr) - tl.load(statistics_ptr + tl.num_programs(0))
+    mean, rest = tl.load(statistics_ptr), tl.load(statistics_ptr + tl.num_programs(0))
     rstd = tl.load(statistics_ptr + 2 * tl.num_programs(0))
     weight = tl.where(in_group, 1.0, 0.0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=in_group, other=0.0).to(tl.float32)
+    added = tl.full([COLUMNS], 0.0, tl.float32)
     if add_ptr is not None:
-        x += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
-    x = tl.where(inside, x * rstd, 0.0)
+        added += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        added += tl.load(shift_ptr + column, mask=in_group, other=0.0).to(tl.float32)
+    x = tl.where(inside, (x - mean + added[None, :] - rest) * rstd, 0.0)
 
     # Back through SiLU: from the gradient dy to dz. Padding has a dy of 0.
     if SILU:
         z = x * weight[None, :]
         if bias_ptr is not None:
             z += tl.load(bias_ptr + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
-        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        sigmoid = 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
         dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
 
     # Sums for the gradients of bias and weight.
@@ -80,11 +87,14 @@ def group_norm_backward_kernel(
     # Gradient of x: w dz without its projections on 1 and on the normed x, which the norm takes off.
     mean_dz = tl.sum(weight * sum_dz) / (pixels * GROUP)
     mean_dz_x = tl.sum(weight * sum_dz_x) / (pixels * GROUP)
+    # What was normed may be a result too, with a gradient of its own, which is added.
     dx = rstd * (dz * weight[None, :] - mean_dz - x * mean_dz_x)
+    if dtotal_ptr is not None:
+        dx += tl.load(dtotal_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + start + offset, dx, mask=inside)
 
-    # Gradient of add: the sum of dx over the pixels, from the sums that are there.
-    if add_ptr is not None:
+    # Gradient of add and shift: the sum of dx over the pixels, from the sums that are there.
+    if add_ptr is not None or shift_ptr is not None:
         dadd = rstd * (weight * sum_dz - pixels * mean_dz - tl.sum(x, axis=0) * mean_dz_x)
         tl.store(dadd_ptr + here, dadd, mask=in_group)
 
@@ -93,6 +103,7 @@ def group_norm_backward_kernel(
 def group_norm_sums_kernel(
     x_ptr,
     dy_ptr,
+    shift_ptr,
     add_ptr,
     weight_ptr,
     bias_ptr,
@@ -115,7 +126,7 @@ def group_norm_sums_kernel(
     """x and dy [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups].
 
     parts [3, B, chunks, C], ``parts_stride`` apart: sums over each chunk of dz, of dz times the normed x and, if there
-    is add, of the normed x. A program: ``chunk`` pixels of COLUMNS channels, ROWS at a time.
+    is add or shift, of the normed x. A program: ``chunk`` pixels of COLUMNS channels, ROWS at a time.
     """
     # Which chunk of pixels, and which channels of which sample.
     blocks, groups = (channels + COLUMNS - 1) // COLUMNS, channels // GROUP
@@ -133,6 +144,8 @@ def group_norm_sums_kernel(
     bias = tl.full([COLUMNS], 0.0, tl.float32)
     if add_ptr is not None:
         before += tl.load(add_ptr + sample * add_stride + column, mask=in_channels, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        before += tl.load(shift_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -155,13 +168,13 @@ def group_norm_sums_kernel(
         # Back through SiLU.
         if SILU:
             z = x * weight[None, :] + bias[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
+            sigmoid = 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
             dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
 
         # Sum.
         sum_dz += dz
         sum_dz_x += dz * x
-        if add_ptr is not None:
+        if add_ptr is not None or shift_ptr is not None:
             sum_x += x
         start += ROWS * pixel_stride
 
@@ -169,7 +182,7 @@ def group_norm_sums_kernel(
     parts_ptr += tl.program_id(0) // blocks * channels + column
     tl.store(parts_ptr, tl.sum(sum_dz, axis=0), mask=in_channels)
     tl.store(parts_ptr + parts_stride, tl.sum(sum_dz_x, axis=0), mask=in_channels)
-    if add_ptr is not None:
+    if add_ptr is not None or shift_ptr is not None:
         tl.store(parts_ptr + 2 * parts_stride, tl.sum(sum_x, axis=0), mask=in_channels)
 
 
@@ -228,7 +241,7 @@ def group_norm_combine_kernel(
     tl.store(means_ptr + tl.program_id(0), mean_dz)
     tl.store(means_ptr + tl.num_programs(0) + tl.program_id(0), mean_dz_x)
 
-    # Gradient of add: the sum of dx over the pixels.
+    # Gradient of add and shift: the sum of dx over the pixels.
     if ADD:
         rstd = tl.load(statistics_ptr + 2 * tl.num_programs(0) + tl.program_id(0))
         dadd = rstd * (weight * total_dz - pixels * mean_dz - tl.sum(sum_x, axis=0) * mean_dz_x)
@@ -239,6 +252,8 @@ def group_norm_combine_kernel(
 def group_norm_backward_apply_kernel(
     x_ptr,
     dy_ptr,
+    dtotal_ptr,
+    shift_ptr,
     add_ptr,
     weight_ptr,
     bias_ptr,
@@ -258,7 +273,7 @@ def group_norm_backward_apply_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x, dy and dx [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups].
+    """x, dy, dtotal and dx [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups].
 
     means [2, B, groups]: of w dz and of w dz x. A program: ``chunk`` pixels of COLUMNS channels, ROWS at a time.
     """
@@ -282,6 +297,8 @@ def group_norm_backward_apply_kernel(
     bias = tl.full([COLUMNS], 0.0, tl.float32)
     if add_ptr is not None:
         before += tl.load(add_ptr + sample * add_stride + column, mask=in_channels, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        before += tl.load(shift_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -300,10 +317,12 @@ def group_norm_backward_apply_kernel(
         # Back through SiLU.
         if SILU:
             z = x * weight[None, :] + bias[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
+            sigmoid = 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
             dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
 
-        # Gradient of x: w dz without its projections on 1 and on the normed x.
+        # Gradient of x: w dz without its projections on 1 and on the normed x. As above, x may have one of its own.
         dx = rstd[None, :] * (dz * weight[None, :] - mean_dz[None, :] - x * mean_dz_x[None, :])
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + start + offset, dx, mask=inside)
         start += ROWS * pixel_stride

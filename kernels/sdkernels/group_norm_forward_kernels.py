@@ -3,6 +3,11 @@
 P pixels and C channels; x [B, P, C] by strides is channels-last where ``channel_stride`` is 1 and contiguous where
 ``pixel_stride`` is 1. Statistics are a mean and a sum of squared deviations from it (M2) in float32, merged as by Chan,
 Golub and LeVeque (1979). The kernels call few functions, for a call takes milliseconds in Triton's interpreter.
+exp2 is one instruction where exp is two; the factor is log2 e.
+
+shift [C] and add [B or 1, C] are added to x before the norm. Where ``total_ptr`` is given, the kernel that sees x first
+adds up more, and stores the sum there: x + residual + shift in the first ``split`` channels, skip in the others, and
+later in all of them, which is not normed.
 """
 
 from __future__ import annotations
@@ -12,8 +17,59 @@ import triton.language as tl
 
 
 @triton.jit
+def load_sum(
+    x_ptr,
+    residual_ptr,
+    shift_ptr,
+    skip_ptr,
+    later_ptr,
+    sample,
+    pixel,
+    column,
+    inside,
+    pixels,
+    channels,
+    pixel_stride,
+    channel_stride,
+    split,
+):
+    """[pixels, columns] of x + residual + shift, then skip, plus later, in float32 and 0 outside; later [columns]."""
+    # x and residual [B, P, split], shift [split].
+    first = inside & (column < split)[None, :]
+    start = tl.cast(sample, tl.int64) * pixels * split
+    stride = tl.where(channel_stride == 1, split, pixel_stride)
+    place = pixel[:, None] * stride + column[None, :] * channel_stride
+    total = tl.load(x_ptr + start + place, mask=first, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        total += tl.load(residual_ptr + start + place, mask=first, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        total += tl.load(shift_ptr + column, mask=column < split, other=0.0).to(tl.float32)[None, :]
+        total = tl.where(first, total, 0.0)
+
+    # skip [B, P, channels - split].
+    if skip_ptr is not None:
+        width, column_there = channels - split, column - split
+        start = tl.cast(sample, tl.int64) * pixels * width
+        stride = tl.where(channel_stride == 1, width, pixel_stride)
+        place = pixel[:, None] * stride + column_there[None, :] * channel_stride
+        total += tl.load(skip_ptr + start + place, mask=inside & (column >= split)[None, :], other=0.0).to(tl.float32)
+
+    # later [C]: part of the sum that is stored, and taken off again before the norm.
+    later = tl.zeros_like(column).to(tl.float32)
+    if later_ptr is not None:
+        later = tl.load(later_ptr + column, mask=column < channels, other=0.0).to(tl.float32)
+        total = tl.where(inside, total + later[None, :], 0.0)
+    return total, later
+
+
+@triton.jit
 def group_norm_forward_kernel(
     x_ptr,
+    residual_ptr,
+    shift_ptr,
+    skip_ptr,
+    later_ptr,
+    total_ptr,
     add_ptr,
     weight_ptr,
     bias_ptr,
@@ -24,13 +80,14 @@ def group_norm_forward_kernel(
     pixel_stride,
     channel_stride,
     add_stride,
+    split,
     eps,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x and y [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups].
+    """x, y and total [B, P, C] by strides; add [B or 1, C]; weight and bias [C]; statistics [3, B, groups].
 
     The statistics are a mean, what rounding left of it, and 1 / deviation. A program: one group of one sample.
     """
@@ -44,17 +101,27 @@ def group_norm_forward_kernel(
     offset = row[:, None] * pixel_stride + column[None, :] * channel_stride
     column += first
 
-    # Load x. It stays on chip until its norm is stored.
-    x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+    # Load x, or add it up and store the sum. It stays on chip until its norm is stored.
+    if total_ptr is None:
+        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+    else:
+        x, later = load_sum(
+            x_ptr, residual_ptr, shift_ptr, skip_ptr, later_ptr,
+            sample, row, column, inside, pixels, channels, pixel_stride, channel_stride, split,
+        )  # fmt: skip
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + start + offset, total, mask=inside)
+        x = tl.where(inside, total.to(tl.float32) - later[None, :], 0.0)
 
     # Mean of x + add. It comes off x before add goes on, so that a large mean costs no digits of either.
     mean = tl.sum(x) / (pixels * GROUP)
+    added = tl.full([COLUMNS], 0.0, tl.float32)
     if add_ptr is not None:
-        added = tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
-        mean += tl.sum(added) / GROUP
-        x = x - mean + added[None, :]
-    else:
-        x -= mean
+        added += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
+    if shift_ptr is not None and total_ptr is None:
+        added += tl.load(shift_ptr + column, mask=in_group, other=0.0).to(tl.float32)
+    mean += tl.sum(added) / GROUP
+    x = x - mean + added[None, :]
     y = tl.where(inside, x, 0.0)
 
     # Variance. The mean was rounded to float32; the rest that this left in x has a mean of its own, taken off as well.
@@ -68,7 +135,7 @@ def group_norm_forward_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
     if SILU:
-        y = y / (1.0 + tl.exp(-y))
+        y = y / (1.0 + tl.exp2(y * -1.4426950408889634))
 
     # Store the norm, and the statistics for the backward pass.
     tl.store(y_ptr + start + offset, y, mask=inside)
@@ -81,6 +148,11 @@ def group_norm_forward_kernel(
 @triton.jit
 def group_norm_statistics_kernel(
     x_ptr,
+    residual_ptr,
+    shift_ptr,
+    skip_ptr,
+    later_ptr,
+    total_ptr,
     add_ptr,
     parts_ptr,
     pixels,
@@ -88,6 +160,7 @@ def group_norm_statistics_kernel(
     pixel_stride,
     channel_stride,
     add_stride,
+    split,
     parts_stride,
     chunk,
     chunks,
@@ -96,7 +169,7 @@ def group_norm_statistics_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x [B, P, C] by strides; add [B or 1, C]; parts [3, B, chunks, groups], ``parts_stride`` apart.
+    """x and total [B, P, C] by strides; add [B or 1, C]; parts [3, B, chunks, groups], ``parts_stride`` apart.
 
     The parts are a mean, what rounding left of it, and M2. A program: ``chunk`` pixels of GROUPS whole groups, ROWS at
     a time. Each element of the tile keeps its own mean and M2 over the steps (Welford), of differences to the channel's
@@ -117,7 +190,15 @@ def group_norm_statistics_kernel(
     offset = row[:, None] * pixel_stride + column[None, :] * channel_stride
 
     # The channel's value at the first pixel: all below are differences to it.
-    pivot = tl.load(x_ptr + start + column * channel_stride, mask=in_tile, other=0.0).to(tl.float32)
+    if total_ptr is None:
+        pivot = tl.load(x_ptr + start + column * channel_stride, mask=in_tile, other=0.0).to(tl.float32)
+    else:
+        edge, later = load_sum(
+            x_ptr, residual_ptr, shift_ptr, skip_ptr, later_ptr,
+            sample, begin + tl.arange(0, 1), first + column, in_tile[None, :],
+            pixels, channels, pixel_stride, channel_stride, split,
+        )  # fmt: skip
+        pivot = tl.sum(edge, axis=0).to(total_ptr.dtype.element_ty).to(tl.float32) - later
     mean = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     m2 = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     steps = 0.0
@@ -126,7 +207,18 @@ def group_norm_statistics_kernel(
     # beyond the end, so these keep their mean and M2.
     for done in range(0, count, ROWS):
         inside = (row < count - done)[:, None] & in_tile[None, :]
-        x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32) - pivot[None, :]
+        if total_ptr is None:
+            x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+        else:
+            x, later = load_sum(
+                x_ptr, residual_ptr, shift_ptr, skip_ptr, later_ptr,
+                sample, begin + done + row, first + column, inside,
+                pixels, channels, pixel_stride, channel_stride, split,
+            )  # fmt: skip
+            total = x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + start + offset, total, mask=inside)
+            x = total.to(tl.float32) - later[None, :]
+        x -= pivot[None, :]
         steps += 1.0
         delta = tl.where(inside, x - mean, 0.0)
         mean += delta * (1.0 / steps)
@@ -139,9 +231,11 @@ def group_norm_statistics_kernel(
     delta = mean - channel_mean[None, :]
     channel_m2 = tl.sum(m2 + seen * delta * delta, axis=0)
 
-    # add shifts a channel's mean and nothing else.
+    # add and shift move a channel's mean and nothing else.
     if add_ptr is not None:
         channel_mean += tl.load(add_ptr + sample * add_stride + first + column, mask=in_tile, other=0.0).to(tl.float32)
+    if shift_ptr is not None and total_ptr is None:
+        channel_mean += tl.load(shift_ptr + first + column, mask=in_tile, other=0.0).to(tl.float32)
 
     # Merge the channels into groups. The sum over the members of a group is one over all channels of the tile, masked:
     # a reshape would need a power of two.
@@ -162,6 +256,8 @@ def group_norm_statistics_kernel(
 @triton.jit
 def group_norm_apply_kernel(
     x_ptr,
+    shift_ptr,
+    later_ptr,
     add_ptr,
     weight_ptr,
     bias_ptr,
@@ -187,7 +283,7 @@ def group_norm_apply_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """As group_norm_forward_kernel, from parts [3, B, part_chunks, groups] of ``part_chunk`` pixels each.
+    """As group_norm_forward_kernel, from parts [3, B, part_chunks, groups] of ``part_chunk`` pixels each; x is the sum.
 
     A program: ``chunk`` pixels of COLUMNS channels, which lie in up to GROUPS groups; CHUNKS is at least part_chunks.
     """
@@ -230,6 +326,10 @@ def group_norm_apply_kernel(
     before = -tl.sum(tl.where(member, rest[:, None], 0.0), axis=0)
     scale = tl.sum(tl.where(member, rstd[:, None], 0.0), axis=0)
     shift = tl.full([COLUMNS], 0.0, tl.float32)
+    if later_ptr is not None:
+        before -= tl.load(later_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        before += tl.load(shift_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
     if add_ptr is not None:
         before += tl.load(add_ptr + sample * add_stride + column, mask=in_channels, other=0.0).to(tl.float32)
     if weight_ptr is not None:
@@ -246,6 +346,6 @@ def group_norm_apply_kernel(
         x = tl.load(x_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
         y = (x - centre[None, :] + before[None, :]) * scale[None, :] + shift[None, :]
         if SILU:
-            y = y / (1.0 + tl.exp(-y))
+            y = y / (1.0 + tl.exp2(y * -1.4426950408889634))
         tl.store(y_ptr + start + offset, y, mask=inside)
         start += ROWS * pixel_stride

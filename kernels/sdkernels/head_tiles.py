@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -141,6 +142,12 @@ def head_constants(*tensors: Tensor) -> dict[str, int]:
 def strides_of(*tensors: Tensor) -> list[int]:
     """The strides of sample, token and head of each tensor [B, N, H, D], as the kernels take them."""
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def attention_results(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """Room for a forward pass's results: o [B, N, H, D], log-sum-exp [B, H, N] float32, which is empty if unwanted."""
+    b, n, h, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, n) if with_lse else 0, dtype=torch.float32)
 
 
 def choice_sizes(q: Tensor, k: Tensor) -> tuple[Any, ...]:

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
-from .backend import device_of, opaque, use_kernel
+from .backend import apply, device_of, opaque, use_kernel
 from .in_force import Device
 from .tuned import Tiles, tunable
 
@@ -29,6 +30,7 @@ def centre(x, mean, inside, width):
 def layer_norm_forward_kernel(
     x_ptr,
     residual_ptr,
+    later_ptr,
     weight_ptr,
     bias_ptr,
     y_ptr,
@@ -41,20 +43,25 @@ def layer_norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, residual, y and total [rows, width]; weight and bias [width]; mean and rstd [rows]; a program: ROWS rows."""
+    """x, residual, y and total [rows, width]; later, weight and bias [width]; mean and rstd [rows].
+
+    A program: ROWS rows.
+    """
     # Which rows. Each is held whole, padded to a power of two.
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     offset = row[:, None] * width + column[None, :]
 
-    # Load x and add the residual. The sum is rounded before it is normed, as it would be between two operations.
+    # Load x and add the residual. The sum is rounded before it is normed, as it would be between two operations; what
+    # is added to it later is stored with it, and not normed.
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        total = (x + residual).to(total_ptr.dtype.element_ty)
+        total = x + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        x = total.to(total_ptr.dtype.element_ty).to(tl.float32)
+        if later_ptr is not None:
+            total += tl.load(later_ptr + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         tl.store(total_ptr + offset, total, mask=inside)
-        x = total.to(tl.float32)
 
     # Statistics, in two steps: E[x^2] - E[x]^2 would lose the digits of a large mean.
     mean = tl.sum(x, axis=1) / width
@@ -144,8 +151,8 @@ CANDIDATES: tuple[Tiles, ...] = tuple(
 @tunable("layer_norm_forward", CANDIDATES)
 def _forward_tiles(device: Device, dtype: torch.dtype, width: int) -> Tiles:
     """Whole rows, in tiles of about 2048 elements, 16 a thread."""
-    rows = max(1, 2048 // triton.next_power_of_2(width))
-    return {"ROWS": rows, "num_warps": min(16, max(1, rows * triton.next_power_of_2(width) // 512))}
+    rows = max(1, 2048 // _block(width))
+    return {"ROWS": rows, "num_warps": min(16, max(1, rows * _block(width) // 512))}
 
 
 @tunable("layer_norm_backward", CANDIDATES)
@@ -159,7 +166,12 @@ def _block(width: int) -> int:
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     statistics = x.new_empty(2, rows, dtype=torch.float32)
@@ -169,9 +181,15 @@ def _fake_forward(
 
 @opaque(_fake_forward)
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous x and residual [..., C] -> norm, x + residual (empty without), each row's mean and 1 / deviation."""
+    """Contiguous x and residual [..., C] -> norm, x + residual + later (empty without residual), each row's mean and
+    1 / deviation."""
     width = x.shape[-1]
     rows = x.numel() // width
     y, total = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -179,7 +197,7 @@ def layer_norm_forward(
 
     tiles = _forward_tiles(device_of(x), x.dtype, width)
     layer_norm_forward_kernel[(triton.cdiv(rows, tiles["ROWS"]),)](
-        x, residual, weight, bias, y, total, mean, rstd, rows, width, eps, BLOCK=_block(width), **tiles
+        x, residual, later, weight, bias, y, total, mean, rstd, rows, width, eps, BLOCK=_block(width), **tiles
     )
     return y, total, mean, rstd
 
@@ -214,20 +232,26 @@ def layer_norm_backward(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        later: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         x = x.contiguous()
-        residual, weight, bias = (None if t is None else t.contiguous() for t in (residual, weight, bias))
-        y, total, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
+        residual, later, weight, bias = (None if t is None else t.contiguous() for t in (residual, later, weight, bias))
+        y, total, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual, later)
         ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
-        ctx.has_residual = residual is not None
-        return y, total
+        return y if residual is None else (y, total)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        _, want_weight, want_bias, _, _ = ctx.needs_input_grad
-        more = dtotal.contiguous() if ctx.has_residual else None
+        _, want_weight, want_bias, _, want_residual, _ = ctx.needs_input_grad
+        more = None if dtotal is None else dtotal.contiguous()
         affine = want_weight or want_bias
         dx, dweight, dbias = layer_norm_backward(x, dy.contiguous(), more, weight, mean, rstd, affine)
         return (
@@ -235,26 +259,39 @@ class _LayerNorm(torch.autograd.Function):
             dweight.to(weight.dtype) if want_weight else None,
             dbias.to(bias.dtype) if want_bias else None,
             None,
-            dx if ctx.has_residual else None,
+            dx if want_residual else None,
+            None,
         )
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    later: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension. With ``residual``: (norm(x + residual), x + residual).
+    """LayerNorm over the last dimension. With ``residual``: (norm(x + residual), x + residual + later).
 
-    x and residual [..., C]; weight and bias [C] of any float dtype; results in x's dtype. The kernel takes float32,
-    float16 and bfloat16, C up to 16384, statistics in float32. Differentiable in all tensors.
+    x and residual [..., C]; weight and bias [C] of any float dtype; results in x's dtype. later [C], which needs
+    ``residual``, is the bias of a product that is to be accumulated onto the sum: it is there already, and not normed.
+    The kernel takes float32, float16 and bfloat16, C up to 16384, statistics in float32. Differentiable in all tensors.
     """
+    if later is not None and residual is None:
+        raise ValueError("layer_norm: later is added to the sum with a residual, and there is no residual")
+    if later is not None and torch.is_grad_enabled():  # the backward pass norms the stored sum again
+        y, total = layer_norm(x, weight, bias, eps, residual)
+        return y, total + later
+
     why_not = None
     if x.shape[-1] > LARGEST:
         why_not = f"its kernel takes rows of up to {LARGEST} elements, found {x.shape[-1]}"
     elif residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         why_not = f"residual must be like x, found {tuple(residual.shape)} {residual.dtype}"
+    elif later is not None and later.shape != x.shape[-1:]:
+        why_not = f"later must be [{x.shape[-1]}], found {tuple(later.shape)}"
 
-    if not use_kernel("layer_norm", why_not, x, weight, bias, residual):
-        return reference.layer_norm(x, weight, bias, eps, residual)
-
-    y, total = _LayerNorm.apply(x, weight, bias, eps, residual)
-    return y if residual is None else (y, total)
+    if not use_kernel("layer_norm", why_not, x, weight, bias, residual, later):
+        return reference.layer_norm(x, weight, bias, eps, residual, later)
+    return apply(_LayerNorm, x, weight, bias, eps, residual, later)

@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
-from .backend import current, device_of, opaque, use_kernel
+from .backend import apply, current, device_of, opaque, use_kernel
 from .in_force import Device
 from .tuned import Tiles, tunable
 
@@ -32,6 +33,7 @@ def lora_linear_forward_kernel(
     scale_ptr,
     scale,
     y_ptr,
+    low_ptr,
     M,
     N,
     K,
@@ -51,8 +53,9 @@ def lora_linear_forward_kernel(
 ):
     """x [M, K] and y [M, N] contiguous; weight [N, K], a [rank, K], b [N, rank] by strides; bias [N] or None.
 
-    ``scale_ptr`` points to the scale if it is not None. A program: a tile [BM, BN] of y; GROUP row tiles share the
-    columns of W while these are in the cache. RANK is rank padded to a power of two of at least 16.
+    low [M, rank] gets x A^T if it is not None. ``scale_ptr`` points to the scale if it is not None. A program: a tile
+    [BM, BN] of y; GROUP row tiles share the columns of W while these are in the cache. RANK is rank padded to a power
+    of two of at least 16.
     """
     # Which tile: down GROUP row tiles, then on to the next columns.
     program, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -81,13 +84,22 @@ def lora_linear_forward_kernel(
         # x A^T.
         inside = (column < K)[:, None] & (r < rank)[None, :]
         a = tl.load(a_ptr + r[None, :] * a_r + column[:, None] * a_k, mask=inside, other=0.0)
-        low = tl.dot(x, a, low, input_precision=PRECISION)
+        low = tl.dot(x, a.to(x.dtype), low, input_precision=PRECISION)
 
-    # The branch joins: (x A^T) rounded to B's dtype for the tensor cores, times B^T and the scale.
+    # The gradient of B needs x A^T: the programs of the first columns store it.
+    narrow = low.to(x_ptr.dtype.element_ty)
+    if low_ptr is not None:
+        tl.store(
+            low_ptr + m[:, None] * rank + r[None, :],
+            narrow,
+            mask=(m < M)[:, None] & (r < rank)[None, :] & (tile_n == 0),
+        )
+
+    # The branch joins: (x A^T) rounded to x's dtype for the tensor cores, times B^T and the scale.
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
     b = tl.load(b_ptr + n[None, :] * b_n + r[:, None] * b_r, mask=(r < rank)[:, None] & (n < N)[None, :], other=0.0)
-    full += scale * tl.dot(low.to(b.dtype), b, input_precision=PRECISION)
+    full += scale * tl.dot(narrow, b.to(narrow.dtype), input_precision=PRECISION)
 
     # Bias and store.
     if bias_ptr is not None:
@@ -125,18 +137,33 @@ def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: i
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale_tensor: Tensor | None, scale: float
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale_tensor: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0] if keep else 0, len(a))
 
 
 @opaque(_fake_forward)
 def lora_linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale_tensor: Tensor | None, scale: float
-) -> Tensor:
-    """Contiguous x [M, K], weight [N, K], a [R, K], b [N, R] with any strides -> [M, N]."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale_tensor: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Contiguous x [M, K], weight [N, K], a [R, K], b [N, R] with any strides -> [M, N], and x A^T [M, R], which is
+    empty unless ``keep``."""
     (rows, width), columns, rank = x.shape, weight.shape[0], a.shape[0]
-    y = x.new_empty(rows, columns)
+    y, low = _fake_forward(x, weight, bias, a, b, scale_tensor, scale, keep)
 
     tiles = _tiles(device_of(x), x.dtype, rows, columns, width, rank)
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
@@ -150,6 +177,7 @@ def lora_linear_forward(
         scale_tensor,
         scale,
         y,
+        low if keep else None,
         rows,
         columns,
         width,
@@ -161,7 +189,7 @@ def lora_linear_forward(
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **tiles,
     )
-    return y
+    return y, low
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -177,31 +205,35 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         rows, bias = x.reshape(-1, x.shape[-1]).contiguous(), None if bias is None else bias.contiguous()
+        keep = any(ctx.needs_input_grad[4:6])  # B and the scale
 
-        ctx.save_for_backward(rows, weight, bias, a, b, scale_tensor)
+        y, low = lora_linear_forward(rows, weight, bias, a, b, scale_tensor, scale, keep)
+        ctx.save_for_backward(rows, weight, bias, a, b, scale_tensor, low)
         ctx.scale, ctx.shape = scale, x.shape
-
-        y = lora_linear_forward(rows, weight, bias, a, b, scale_tensor, scale)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
-        """The gradient of x is the same operation, transposed; those of A and B take products of rank R alone."""
-        x, weight, bias, a, b, scale_tensor = ctx.saved_tensors
+        """The gradient of x is the same operation, transposed, and dy B comes with it as x A^T did."""
+        x, weight, bias, a, b, scale_tensor, low = ctx.saved_tensors
         want_x, want_weight, want_bias, want_a, want_b, want_scale, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
 
         # x: the kernel, which reads the transposed weights by their strides.
-        dx = None
+        dx, dlow = None, None
         if want_x:
-            dx = lora_linear_forward(dy, weight.t(), None, b.t(), a.t(), scale_tensor, ctx.scale).view(ctx.shape)
+            dx, dlow = lora_linear_forward(dy, weight.t(), None, b.t(), a.t(), scale_tensor, ctx.scale, keep=want_a)
+            dx = dx.view(ctx.shape)
+        elif want_a:
+            dlow = dy @ b.to(dy.dtype)
 
         # The branch.
         da = db = dscale = None
-        if want_a:
-            da = _scaled_product((dy @ b).t(), x, scale_tensor, ctx.scale).to(a.dtype)
+        if want_a and dlow is not None:
+            da = _scaled_product(dlow.t(), x, scale_tensor, ctx.scale, a.dtype)
         if want_b:
-            db = _scaled_product(dy.t(), x @ a.t(), scale_tensor, ctx.scale).to(b.dtype)
+            db = _scaled_product(dy.t(), low, scale_tensor, ctx.scale, b.dtype)
         if want_scale:  # a sum over everything: in more digits
             wide = torch.float64 if x.dtype == torch.float32 else torch.float32
             dscale = ((dy.to(wide) @ b.to(wide)) * (x.to(wide) @ a.to(wide).t())).sum().to(scale_tensor)
@@ -212,26 +244,35 @@ class _LoraLinear(torch.autograd.Function):
         return dx, dweight, dbias, da, db, dscale, None
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale_tensor: Tensor | None, scale: float) -> Tensor:
-    """scale a b, where the scale is a number in the product's own launch."""
+def _scaled_product(a: Tensor, b: Tensor, scale_tensor: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale a b in this dtype, where the scale is a number in the product's own launch, and on a GPU the dtype too."""
+    wider = dtype if dtype != a.dtype and a.device.type != "cpu" else None
     if scale_tensor is not None:
-        return scale_tensor * (a @ b)
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # beta 0: what is added is not read
+        product = a @ b if wider is None else torch.mm(a, b, out_dtype=wider)
+        return scale_tensor * product.to(dtype)
+
+    nothing = a.new_empty((), dtype=dtype if wider else a.dtype)  # beta 0: what is added is not read
+    if wider is None:
+        return torch.addmm(nothing, a, b, beta=0, alpha=scale).to(dtype)
+    return torch.addmm(nothing.expand(len(a), b.shape[1]), a, b, beta=0, alpha=scale, out_dtype=wider)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """``x W^T + bias + scale (x A^T) B^T`` (arXiv 2106.09685).
 
-    x [..., I], weight [O, I], bias [O], a [R, I], b [O, R], all of one dtype -> [..., O]; ``scale`` a number or a 0-d
-    tensor, so that it can change without a new compilation or graph capture. The kernel takes float32, float16 and
+    x [..., I], weight [O, I], bias [O], a [R, I], b [O, R] -> [..., O], of one dtype, but a and b may be float32, as
+    they are trained: they are rounded to x's on their way, and their gradients are float32. ``scale`` is a number or a
+    0-d tensor, so that it can change without a new compilation or graph capture. The kernel takes float32, float16 and
     bfloat16 and ranks up to 128; "auto" leaves float32 to the definition. Differentiable in all tensors.
     """
     scale_tensor = scale if isinstance(scale, Tensor) else None
     why_not = None
     if len(a) > LARGEST_RANK:
         why_not = f"its kernel takes ranks up to {LARGEST_RANK}, found {len(a)}"
-    elif any(t is not None and t.dtype != x.dtype for t in (weight, bias, a, b)):
-        why_not = "x, weight, bias, a and b must have one dtype"
+    elif any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        why_not = "x, weight and bias must have one dtype"
+    elif a.dtype != b.dtype or a.dtype not in (x.dtype, torch.float32):
+        why_not = f"a and b must be {x.dtype} or float32, found {a.dtype} and {b.dtype}"
     elif scale_tensor is not None and (scale_tensor.numel() != 1 or scale_tensor.device != x.device):
         why_not = "scale must be a number or a 0-d tensor on x's device"
 
@@ -241,4 +282,4 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         return reference.lora_linear(x, weight, bias, a, b, scale)
 
     number = 0.0 if isinstance(scale, Tensor) else float(scale)
-    return _LoraLinear.apply(x, weight, bias, a, b, scale_tensor, number)  # type: ignore[no-any-return]
+    return apply(_LoraLinear, x, weight, bias, a, b, scale_tensor, number)

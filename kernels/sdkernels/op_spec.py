@@ -23,6 +23,24 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a hot case's forward pass in float16 may take at most, by the static model (``static_model.md``).
+
+    Attributes:
+        case: its name.
+        architectures: 90 for sm_90.
+        microseconds, copies: one of them is given; a copy reads and writes as many bytes as the case.
+        simulated: held against the simulated time and not against the floor.
+    """
+
+    case: str
+    architectures: tuple[int, ...]
+    microseconds: float | None = None
+    copies: float | None = None
+    simulated: bool = False
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One op.
 
@@ -33,6 +51,7 @@ class OpSpec:
         gradients: names of the arguments that have a gradient.
         flops: sizes -> floating-point operations of the forward's matrix products, 2 a multiply-add.
         fixed: floating tensors that have their own dtype whatever the case's.
+        targets: how fast it is to be.
     """
 
     name: str
@@ -42,6 +61,12 @@ class OpSpec:
     gradients: tuple[str, ...] = ()
     flops: Callable[..., int] = lambda **_: 0
     fixed: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def one_picture(self) -> tuple[Case, ...]:
+        """The hot cases of one picture: of 2 samples, with and without the prompt, or of 1 where that is no matter."""
+        return tuple(case for case in self.hot if {"b1", "b2"} & set(case.name.split()))
 
     def inputs(
         self, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0, mean: float = 0.0

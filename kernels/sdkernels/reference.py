@@ -17,8 +17,11 @@ __all__ = [
     "cross_attention_block",
     "geglu",
     "group_norm",
+    "group_norm_of_sum",
     "layer_norm",
+    "linear_geglu",
     "lora_linear",
+    "prepare_step",
     "sampler_step",
     "self_attention",
 ]
@@ -35,10 +38,11 @@ def group_norm(
     eps: float = 1e-5,
     activation: str | None = None,
     add: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of ``x + add``, then SiLU if ``activation`` is "silu" (Wu and He, arXiv 1803.08494).
+    """GroupNorm of ``x + shift + add``, then SiLU if ``activation`` is "silu" (Wu and He, arXiv 1803.08494).
 
-    x [B, C, ...]; weight and bias [C]; add [B or 1, C], one value per sample and channel. The result has x's
+    x [B, C, ...]; weight, bias and shift [C]; add [B or 1, C], one value per sample and channel. The result has x's
     memory format. PyTorch's CPU kernel loses digits on channels-last input (it computes E[x^2] - E[x]^2),
     so the norm is taken of a contiguous copy there.
     """
@@ -46,13 +50,44 @@ def group_norm(
         raise ValueError(f'group_norm: activation must be None or "silu", got {activation!r}')
 
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    pixels = (1,) * (x.dim() - 2)
+    if shift is not None:
+        x = x + shift.to(x.dtype).reshape(-1, *pixels)
     if add is not None:
-        x = x + add.reshape(*add.shape, *(1,) * (x.dim() - 2))
+        x = x + add.reshape(*add.shape, *pixels)
 
     y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     if activation == "silu":
         y = F.silu(y)
     return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+
+
+def group_norm_of_sum(
+    x: Tensor,
+    residual: Tensor | None,
+    shift: Tensor | None,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    later: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(group_norm(sum), sum + later) of the sum x + residual + shift, with the channels of ``skip`` behind its own.
+
+    x and residual [B, C, ...], skip [B, S, ...]; shift [C]; weight, bias and later [C + S]; each but x may be None.
+    """
+    total, pixels = x, (1,) * (x.dim() - 2)
+    if residual is not None:
+        total = total + residual
+    if shift is not None:
+        total = total + shift.reshape(-1, *pixels)
+    if skip is not None:
+        total = torch.cat([total, skip], dim=1)
+
+    y = group_norm(total, num_groups, weight, bias, eps, activation)
+    return y, total if later is None else total + later.reshape(-1, *pixels)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -107,22 +142,32 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``geglu`` of x W^T + b = (value, gate); x [..., I], weight [2 D, I], bias [2 D] -> [..., D]."""
+    return geglu(F.linear(x, weight, bias))
+
+
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    later: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension. With ``residual``: (norm(x + residual), x + residual)."""
+    """LayerNorm over the last dimension. With ``residual``: (norm(x + residual), x + residual + later)."""
     if residual is None:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     total = x + residual
-    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total if later is None else total + later
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """``x W^T + bias + scale (x A^T) B^T`` (arXiv 2106.09685).
 
-    x [..., I], weight [O, I], bias [O], a [R, I], b [O, R] -> [..., O].
+    x [..., I], weight [O, I], bias [O], a [R, I], b [O, R] -> [..., O]; a and b are rounded to x's dtype.
     """
-    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 def add_noise(
@@ -151,6 +196,30 @@ def add_noise(
     )
 
 
+def prepare_step(
+    latents: Tensor,
+    extra: Tensor | None,
+    owners: Tensor,
+    input_scale: Tensor,
+    times: Tensor,
+    step: int | Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a network is called with at one step of a plan: its input, and the row of what depends on time alone.
+
+    latents [B, C, ...]; extra [B, E, ...] or None, channels that the network sees beside them; owners [N] int64: the
+    sample that each row of the input is made of; input_scale [K]; times [K, W] in the network's dtype; ``step`` an int
+    or a 0-d integer tensor. Returns (input_scale[step] latents and extra, by rows, [N, C + E, ...]; times[step] [1, W])
+    in the network's dtype, written into ``out`` if that is given.
+    """
+    x = (latents * _row(input_scale, step).to(latents)).to(times.dtype)
+    if extra is not None:
+        x = torch.cat([x, extra.to(times.dtype)], dim=1)
+
+    results = x[owners], _row(times, step)
+    return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
+
+
 def sampler_step(
     registers: Tensor,
     uncond: Tensor | None,
@@ -158,15 +227,17 @@ def sampler_step(
     noise: Tensor | None,
     coefficients: Tensor,
     step: int | Tensor,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One row of a sampling plan: guidance, then the linear update of every register.
 
     registers [R, B, ...] float32 or float64, register 0 the latent; uncond, cond and noise [B, ...]; coefficients
     [K, R, R + 2]; ``step`` an int or a 0-d int64 tensor. The prediction is uncond + guidance_scale (cond - uncond),
-    or the one that is given where the other is None; noise None counts as zero. Returns the next registers.
+    or the one that is given where the other is None; the scale is a number, or row ``step`` of a table [K]. noise None
+    counts as zero. Returns the next registers, written into ``out`` if that is given.
     """
-    row = coefficients[step].to(registers)
+    row = _row(coefficients, step)[0].to(registers)
     if uncond is None and cond is None:
         raise ValueError("sampler_step: needs a prediction, uncond or cond")
 
@@ -175,9 +246,16 @@ def sampler_step(
         prediction = (cond if uncond is None else uncond).to(registers)  # type: ignore[union-attr]
     else:
         u, c = uncond.to(registers), cond.to(registers)
-        prediction = u + guidance_scale * (c - u)
+        scale = _row(guidance_scale, step).to(registers) if isinstance(guidance_scale, Tensor) else guidance_scale
+        prediction = u + scale * (c - u)
 
     # The row, applied to registers, prediction and noise.
     inputs = [*registers, prediction] + ([] if noise is None else [noise.to(registers)])
     weights = row[:, : len(inputs)].reshape(len(registers), len(inputs), *(1,) * prediction.dim())
-    return (weights * torch.stack(inputs)).sum(dim=1)  # no matrix product: autocast and tf32 would round it
+    result = (weights * torch.stack(inputs)).sum(dim=1)  # no matrix product: autocast and tf32 would round it
+    return result if out is None else out.copy_(result)
+
+
+def _row(table: Tensor, step: int | Tensor) -> Tensor:
+    """Row ``step`` of a table [K, ...], [1, ...]; a step that is a tensor is not read by the host."""
+    return table[step][None] if isinstance(step, int) else table[step.reshape(1)]

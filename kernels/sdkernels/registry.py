@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .op_spec import Case, Draw, Inputs, OpSpec, cases
+from .op_spec import Case, Draw, Inputs, OpSpec, Target, cases
 
 # side of the latent, heads and their width at each level of the UNet
 _ATTENTION = {
@@ -60,6 +60,42 @@ GEGLU = OpSpec(
         tall={"rows": 129, "width": 5},
     ),
     gradients=("x",),
+    targets=(Target("sd1 b2 64x64 1280", (80, 89, 90, 100, 120), copies=1.0),),
+)
+
+
+def _linear_geglu_inputs(draw: Draw, mean: float, rows: int, width: int, out: int, bias: bool = True) -> Inputs:
+    return {
+        "x": draw(rows, width, mean=min(mean, 1.0)),
+        "weight": draw(2 * out, width, std=width**-0.5),
+        "bias": draw(2 * out, std=0.2) if bias else None,
+    }
+
+
+LINEAR_GEGLU = OpSpec(
+    name="linear_geglu",
+    make=_linear_geglu_inputs,
+    hot=tuple(
+        Case(f"{model} b{batch} {side}x{side} {c}", {"rows": batch * side * side, "width": c, "out": 4 * c})
+        for model, top in (("sd1", 64), ("sd2", 96))
+        for batch in (2, 8)
+        for side, c in ((top, 320), (top // 2, 640), (top // 4, 1280), (top // 8, 1280))
+    ),
+    odd=cases(
+        one={"rows": 1, "width": 1, "out": 1},
+        odd={"rows": 5, "width": 7, "out": 3},
+        c40={"rows": 9, "width": 40, "out": 40},
+        wide={"rows": 3, "width": 33, "out": 70, "bias": False},
+        c77={"rows": 77, "width": 31, "out": 33},
+        block={"rows": 32, "width": 32, "out": 32},
+        over={"rows": 33, "width": 65, "out": 33},
+        c96={"rows": 65, "width": 96, "out": 65},
+        tall={"rows": 300, "width": 16, "out": 4},
+        bands={"rows": 289, "width": 3, "out": 35},
+        plain={"rows": 4, "width": 64, "out": 20, "bias": False},
+        c320={"rows": 7, "width": 320, "out": 40},
+    ),
+    flops=lambda rows, width, out, **_: 4 * rows * width * out,
 )
 
 
@@ -74,6 +110,7 @@ def _group_norm_inputs(
     affine: bool = True,
     activation: str | None = "silu",
     add: int = 0,
+    shift: bool = False,
     eps: float = 1e-5,
 ) -> Inputs:
     """``last``: channels-last in memory; ``add``: its rows, 0 for none."""
@@ -87,6 +124,7 @@ def _group_norm_inputs(
         "eps": eps,
         "activation": activation,
         "add": draw(add, channels) if add else None,
+        "shift": draw(channels) if shift else None,
     }
 
 
@@ -110,7 +148,8 @@ GROUP_NORM = OpSpec(
     odd=cases(
         one={"batch": 1, "channels": 1, "shape": (2,), "groups": 1, "activation": None},
         odd={"batch": 2, "channels": 6, "shape": (5, 7), "groups": 2, "add": 2},
-        nchw={"batch": 2, "channels": 6, "shape": (5, 7), "groups": 2, "last": False, "add": 1},
+        nchw={"batch": 2, "channels": 6, "shape": (5, 7), "groups": 2, "last": False, "add": 1, "shift": True},
+        shift={"batch": 2, "channels": 6, "shape": (5, 3), "groups": 3, "shift": True},
         c40={"batch": 1, "channels": 40, "shape": (7, 3), "groups": 4, "eps": 0.3},
         c96={"batch": 1, "channels": 96, "shape": (5, 1), "groups": 3, "affine": False},
         c320={"batch": 1, "channels": 320, "shape": (3, 5), "groups": 2, "activation": None, "add": 1},
@@ -122,7 +161,84 @@ GROUP_NORM = OpSpec(
         single={"batch": 1, "channels": 3, "shape": (33, 2), "groups": 3},
         parts={"batch": 1, "channels": 17, "shape": (33, 33), "groups": 1, "add": 1},
     ),
-    gradients=("x", "weight", "bias", "add"),
+    gradients=("x", "weight", "bias", "add", "shift"),
+    targets=(Target("sd1 b2 64x64 320", (90,), copies=1.6),),
+)
+
+
+def _group_norm_of_sum_inputs(
+    draw: Draw,
+    mean: float,
+    batch: int,
+    channels: int,
+    shape: tuple[int, ...],
+    parts: str = "residual shift",
+    skip: int = 0,
+    groups: int = 32,
+    last: bool = True,
+    affine: bool = True,
+    activation: str | None = "silu",
+) -> Inputs:
+    """``channels`` of x, ``skip`` of skip, 0 for none; ``parts``: the others that there are."""
+
+    def pixels(channels: int, mean: float = 0.0) -> torch.Tensor:
+        x = draw(batch, *shape, channels, mean=mean).movedim(-1, 1)
+        return x if last else x.contiguous()
+
+    return {
+        "x": pixels(channels, mean),
+        "residual": pixels(channels) if "residual" in parts else None,
+        "shift": draw(channels) if "shift" in parts else None,
+        "skip": pixels(skip, mean) if skip else None,
+        "num_groups": groups,
+        "weight": draw(channels + skip, mean=1.0, std=0.2) if affine else None,
+        "bias": draw(channels + skip, std=0.2) if affine else None,
+        "activation": activation,
+        "later": draw(channels + skip) if "later" in parts else None,
+    }
+
+
+# halvings of the latent's side, and channels of x and of the skip connection, where the up blocks join them
+_JOINTS = ((0, 320, 320), (0, 640, 320), (1, 640, 640), (1, 1280, 640), (2, 1280, 1280), (3, 1280, 1280))
+
+GROUP_NORM_OF_SUM = OpSpec(
+    name="group_norm_of_sum",
+    make=_group_norm_of_sum_inputs,
+    hot=(
+        *(
+            Case(
+                f"{model} b{batch} {top >> level}x{top >> level} {c}",
+                {"batch": batch, "channels": c, "shape": (top >> level, top >> level), "activation": None},
+            )
+            for model, top in (("sd1", 64), ("sd2", 96))
+            for batch in (2, 8)
+            for level, c in ((0, 320), (1, 640), (2, 1280), (3, 1280))
+        ),
+        *(
+            Case(
+                f"{model} b{batch} {top >> level}x{top >> level} {c}+{skip}",
+                {"batch": batch, "channels": c, "skip": skip, "shape": (top >> level, top >> level), "parts": ""},
+            )
+            for model, top in (("sd1", 64), ("sd2", 96))
+            for batch in (2, 8)
+            for level, c, skip in _JOINTS
+        ),
+    ),
+    odd=cases(
+        one={"batch": 1, "channels": 1, "shape": (2,), "groups": 1, "activation": None},
+        odd={"batch": 2, "channels": 6, "shape": (5, 7), "groups": 2},
+        nchw={"batch": 2, "channels": 4, "skip": 2, "shape": (5, 7), "groups": 2, "last": False},
+        across={"batch": 2, "channels": 7, "skip": 5, "shape": (3, 5), "groups": 2, "parts": "residual shift later"},
+        skip={"batch": 1, "channels": 24, "skip": 16, "shape": (7, 3), "groups": 4, "parts": ""},
+        c96={"batch": 1, "channels": 96, "shape": (5, 1), "groups": 3, "affine": False, "parts": "residual"},
+        shift={"batch": 1, "channels": 320, "shape": (3, 5), "groups": 2, "activation": None, "parts": "shift"},
+        pixel={"batch": 2, "channels": 9, "skip": 3, "shape": (1, 1), "groups": 3},
+        flat={"batch": 3, "channels": 10, "shape": (), "groups": 2, "parts": "residual later"},
+        line={"batch": 2, "channels": 9, "shape": (77,), "groups": 1, "last": False, "activation": None},
+        block={"batch": 1, "channels": 16, "skip": 16, "shape": (8, 8), "groups": 2, "last": False},
+        parts={"batch": 1, "channels": 11, "skip": 6, "shape": (33, 33), "groups": 1},
+    ),
+    gradients=("x", "residual", "shift", "skip", "weight", "bias", "later"),
 )
 
 
@@ -258,11 +374,15 @@ def _sampler_step_inputs(
     guided: str = "both",
     noise: bool = False,
     step: int = 1,
+    table: bool = False,
+    last: bool = False,
 ) -> Inputs:
-    """``guided``: "both" predictions, or only "cond" or "uncond"."""
+    """``guided``: "both" predictions, or only "cond" or "uncond"; ``table``: step and guidance as a graph has them;
+    ``last``: predictions that are channels-last in memory."""
     latent = draw(registers, *shape, mean=mean)
-    uncond = None if guided == "cond" else draw(*shape)
-    cond = None if guided == "uncond" else draw(*shape)
+    uncond = None if guided == "cond" else _prediction(draw, shape, last)
+    cond = None if guided == "uncond" else _prediction(draw, shape, last)
+    scales = draw(3, mean=7.5) if table else 7.5
 
     return {
         "registers": latent,
@@ -270,9 +390,13 @@ def _sampler_step_inputs(
         "cond": cond,
         "noise": draw(*shape) if noise else None,
         "coefficients": draw(3, registers, registers + 2),
-        "step": step,
-        "guidance_scale": 7.5,
+        "step": torch.tensor(step, device=latent.device) if table else step,
+        "guidance_scale": scales,
     }
+
+
+def _prediction(draw: Draw, shape: tuple[int, ...], last: bool) -> torch.Tensor:
+    return draw(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else draw(*shape)
 
 
 SAMPLER_STEP = OpSpec(
@@ -281,7 +405,7 @@ SAMPLER_STEP = OpSpec(
     hot=tuple(
         Case(
             f"{model} b{batch} {registers} registers{' noise' if noise else ''}",
-            {"registers": registers, "shape": (batch, 4, side, side), "noise": noise},
+            {"registers": registers, "shape": (batch, 4, side, side), "noise": noise, "table": True, "last": True},
         )
         for model, side in (("sd1", 64), ("sd2", 96))
         for batch in (1, 4, 512)
@@ -300,8 +424,64 @@ SAMPLER_STEP = OpSpec(
         over={"registers": 2, "shape": (1, 1025), "noise": True},
         seven={"registers": 7, "shape": (77, 3)},
         c96={"registers": 3, "shape": (2, 96, 3)},
+        table={"registers": 3, "shape": (2, 4, 5, 7), "table": True, "step": 2, "noise": True},
+        channels_last={"registers": 2, "shape": (2, 4, 17, 19), "last": True, "table": True},
+        alone={"registers": 1, "shape": (3, 4, 5, 6), "last": True, "guided": "cond", "noise": True},
     ),
-    fixed={"registers": torch.float32, "coefficients": torch.float64},
+    fixed={"registers": torch.float32, "coefficients": torch.float64, "guidance_scale": torch.float32},
+)
+
+
+def _prepare_step_inputs(
+    draw: Draw,
+    mean: float,
+    shape: tuple[int, ...],
+    rows: int,
+    extras: int = 0,
+    width: int = 33,
+    step: int = 1,
+    table: bool = True,
+) -> Inputs:
+    """``rows`` of the network's input, made of the samples in turn; ``table``: the step as a graph has it."""
+    latents = draw(*shape, mean=mean)
+
+    return {
+        "latents": latents,
+        "extra": draw(shape[0], extras, *shape[2:]) if extras else None,
+        "owners": torch.arange(rows, device=latents.device) % shape[0],
+        "input_scale": draw(3),
+        "times": draw(3, width),
+        "step": torch.tensor(step, device=latents.device) if table else step,
+    }
+
+
+PREPARE_STEP = OpSpec(
+    name="prepare_step",
+    make=_prepare_step_inputs,
+    hot=tuple(
+        Case(
+            f"{model} b{batch}{f' {extras} more channels' if extras else ''}",
+            {"shape": (batch, 4, side, side), "rows": 2 * batch, "extras": extras, "width": 20800},
+        )
+        for model, side in (("sd1", 64), ("sd2", 96))
+        for batch in (1, 4)
+        for extras in (0, 5)
+    ),
+    odd=cases(
+        one={"shape": (1, 1), "rows": 1, "width": 1},
+        odd={"shape": (5, 7), "rows": 3},
+        both={"shape": (2, 4, 5, 7), "rows": 4},
+        number={"shape": (2, 4, 5, 7), "rows": 2, "table": False, "step": 2},
+        last={"shape": (2, 4, 3, 3), "rows": 4, "step": -1},
+        first={"shape": (1, 4, 8, 8), "rows": 3, "step": 0, "table": False},
+        mask={"shape": (2, 4, 5, 6), "rows": 4, "extras": 5},
+        depth={"shape": (3, 4, 9, 5), "rows": 6, "extras": 1, "step": 2},
+        block={"shape": (1, 1, 32, 32), "rows": 1, "width": 1024},
+        over={"shape": (1, 1, 1025), "rows": 2, "width": 1025},
+        wide={"shape": (1, 2, 3), "rows": 2, "width": 3000, "extras": 2},
+        many={"shape": (7, 3, 17, 33), "rows": 14},
+    ),
+    fixed={"latents": torch.float32, "input_scale": torch.float32},
 )
 
 
@@ -338,6 +518,7 @@ SELF_ATTENTION = OpSpec(
     ),
     gradients=("q", "k", "v"),
     flops=lambda batch, tokens, heads, width, **_: 4 * batch * heads * width * tokens**2,
+    targets=(Target("sd1 b2 64x64 8x40", (90,), microseconds=140, simulated=True),),
 )
 
 
@@ -379,6 +560,7 @@ CROSS_ATTENTION = OpSpec(
     ),
     gradients=("q", "k", "v"),
     flops=lambda batch, queries, keys, heads, width, **_: 4 * batch * heads * width * queries * keys,
+    targets=(Target("sd1 b2 64x64 8x40 77 keys", (90,), microseconds=3.3),),
 )
 
 
@@ -446,10 +628,13 @@ OPS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         GEGLU,
+        LINEAR_GEGLU,
         GROUP_NORM,
+        GROUP_NORM_OF_SUM,
         LAYER_NORM,
         LORA_LINEAR,
         ADD_NOISE,
+        PREPARE_STEP,
         SAMPLER_STEP,
         SELF_ATTENTION,
         CROSS_ATTENTION,

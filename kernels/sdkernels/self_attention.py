@@ -14,13 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .attention_backward import attention_backward
-from .backend import current, device_of, opaque, use_kernel
+from .backend import apply, current, device_of, opaque, use_kernel
 from .head_tiles import (
     LOG2_E,
     add_product,
+    attention_results,
     choice_sizes,
     dot_heads,
     head_constants,
@@ -66,10 +68,12 @@ def self_attention_forward_kernel(
     BK: tl.constexpr,
     EVEN: tl.constexpr,
     ALIGN: tl.constexpr,
+    PRODUCT_SUMS: tl.constexpr,
 ):
-    """q [B, N, H, D], k and v [B, M, H, D] by strides, o [B, N, H, D], lse [B, H, N] in base 2.
+    """q [B, N, H, D], k and v [B, M, H, D] by strides, o [B, N, H, D], lse [B, H, N] in base 2 or None.
 
     A program: BQ queries of one head. ``scale`` counts in base 2 and is positive. EVEN: M is a multiple of BK.
+    PRODUCT_SUMS: tensor cores add up the probabilities, as one more product.
     """
     # Which queries of which head. Neighbouring programs share a head, and find its keys in the cache.
     blocks = tl.cdiv(N, BQ)
@@ -87,6 +91,9 @@ def self_attention_forward_kernel(
     o1, o2 = zeros(BQ, D1, D2)
     top = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
+    if PRODUCT_SUMS:
+        ones = tl.full([BK, 16], 1.0, v_ptr.dtype.element_ty)
+        total = tl.zeros([BQ, 16], tl.float32)  # 16 times the same: no product is narrower
 
     for first in range(0, M, BK):
         # Scores of the next keys; -inf beyond the last, so that they neither are the maximum nor count.
@@ -102,7 +109,11 @@ def self_attention_forward_kernel(
 
         # Earlier sums were of powers relative to a lower maximum: they shrink.
         shrink = tl.exp2(top - higher)
-        top, total = higher, total * shrink + tl.sum(p, 1)
+        top = higher
+        if PRODUCT_SUMS:
+            total = tl.dot(p.to(ones.dtype), ones, total * shrink[:, None])
+        else:
+            total = total * shrink + tl.sum(p, 1)
         o1 = o1 * shrink[:, None]
         if D2 > 0:
             o2 = o2 * shrink[:, None]
@@ -115,10 +126,15 @@ def self_attention_forward_kernel(
         k_ptr += tl.cast(BK, tl.int64) * k_n
         v_ptr += tl.cast(BK, tl.int64) * v_n
 
-    # Store, divided by the sum only now; and the log-sum-exp, from which the backward pass has p again.
+    if PRODUCT_SUMS:
+        total = tl.max(total, 1)
+
+    # Store, divided by the sum only now; and, if wanted, the log-sum-exp, from which the backward pass has p again.
     o_ptr += ((b.to(tl.int64) * N + start) * H + h) * D
-    store_head(o_ptr, o1 / total[:, None], o2 / total[:, None], row, H * D, N - start, D, D1, D2)
-    tl.store(lse_ptr + head.to(tl.int64) * N + start + row, top + tl.log2(total), mask=row < N - start)
+    share = (1.0 / total)[:, None]
+    store_head(o_ptr, o1 * share, o2 * share, row, H * D, N - start, D, D1, D2)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + head.to(tl.int64) * N + start + row, top + tl.log2(total), mask=row < N - start)
 
 
 CANDIDATES: tuple[Tiles, ...] = tuple(
@@ -132,28 +148,37 @@ CANDIDATES: tuple[Tiles, ...] = tuple(
 def _forward_tiles(device: Device, dtype: torch.dtype, heads: int, n: int, m: int, d1: int, d2: int) -> Tiles:
     """64 queries for 4 warps; 128 for 8, sharing the loads, where heads are narrow and programs plenty.
 
-    A thread holds (BK + D) / 2 float32 values; 32 keys at a time for wide heads, 16 on sm_120, where 32 spill. float32
-    has no tensor cores to feed, and a thread holds all of its operands: smaller tiles. ``heads`` counts those of all
-    samples.
+    A thread holds (BK + D) / 2 float32 values; 32 keys at a time for wide heads, 16 on sm_120, where 32 spill. There 8
+    warps would leave no registers for a second program. 3 stages: two blocks of keys are under way while one is used,
+    where shared memory and registers suffice: masks and the widest heads take too many where products read registers.
+    float32 has no tensor cores to feed, and a thread holds all of its operands: smaller tiles. ``heads`` counts those
+    of all samples.
     """
     wide = d1 + d2 > 128
     if dtype == torch.float32:
         return {"BQ": 16 if wide else 32, "BK": 16 if wide else 32, "num_warps": 4, "num_stages": 1}
 
     keys = 64 if not wide else 16 if device.capability >= 120 else 32
-    if d1 + d2 <= 64 and triton.cdiv(n, 128) * heads >= 2 * device.multiprocessors:
-        return {"BQ": 128, "BK": keys, "num_warps": 8, "num_stages": 2}
-    return {"BQ": 64, "BK": keys, "num_warps": 4, "num_stages": 2}
+    narrow = d1 + d2 <= 160 and m % keys == 0 and device.capability in (80, 86, 89, 120)
+    stages = 3 if narrow or device.capability == 90 else 2
+    plenty = triton.cdiv(n, 128) * heads >= 2 * device.multiprocessors
+    if d1 + d2 <= 64 and plenty and device.capability < 120:
+        return {"BQ": 128, "BK": keys, "num_warps": 8, "num_stages": stages}
+    return {"BQ": 64, "BK": keys, "num_warps": 4, "num_stages": stages}
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+def _sums_by_product(q: Tensor) -> bool:
+    """Whether tensor cores have time to spare for the sums: in half precision on sm_90, by the static model."""
+    return q.dtype != torch.float32 and device_of(q).capability == 90
 
 
-@opaque(_fake_forward)
-def self_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, N, H, D], k and v [B, M, H, D], ``strided`` -> o [B, N, H, D], log-sum-exp in base 2 [B, H, N] float32."""
-    o, lse = _fake_forward(q, k, v, scale)
+@opaque(attention_results)
+def self_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """q [B, N, H, D], k and v [B, M, H, D], ``strided`` -> o [B, N, H, D], log-sum-exp in base 2 [B, H, N] float32.
+
+    The log-sum-exp, which only a backward pass needs, is empty without ``with_lse``.
+    """
+    o, lse = attention_results(q, k, v, scale, with_lse)
     (b, n, h, _), m, tiles = q.shape, k.shape[1], _forward_tiles(*choice_sizes(q, k))
 
     self_attention_forward_kernel[(triton.cdiv(n, tiles["BQ"]) * b * h,)](
@@ -161,13 +186,14 @@ def self_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tup
         k,
         v,
         o,
-        lse,
+        lse if with_lse else None,
         n,
         m,
         h,
         *strides_of(q, k, v),
         scale * LOG2_E,
         EVEN=m % tiles["BK"] == 0,
+        PRODUCT_SUMS=_sums_by_product(q),
         **head_constants(q, k, v),
         **tiles,
     )
@@ -178,12 +204,13 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = strided(q), strided(k), strided(v)
-        o, lse = self_attention_forward(q, k, v, scale)
+        o, lse = self_attention_forward(q, k, v, scale, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale = scale
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's is loose
         q, k, v, o, lse = ctx.saved_tensors
         return *attention_backward(q, k, v, o, lse, strided(do), ctx.scale), None
@@ -219,5 +246,5 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
         why_not = "PyTorch's kernel is faster"
 
     if use_kernel("self_attention", why_not, q, k, v):
-        return _SelfAttention.apply(q, k, v, factor)  # type: ignore[no-any-return]
+        return apply(_SelfAttention, q, k, v, factor)
     return reference.self_attention(q, k, v, scale)

@@ -58,7 +58,13 @@ class ModelParts:
         return self.given() | ({"files": {file: file_hash(file) for file in files}} if files else {})
 
 
-def load_model(parts: ModelParts, device: str | None, dtype: Precision | None, backend: str | None) -> StableDiffusion:
+def load_model(
+    parts: ModelParts,
+    device: str | None,
+    dtype: Precision | None,
+    backend: str | None,
+    graphs: bool | None = None,
+) -> StableDiffusion:
     """Load a shipped model, a diffusers folder or a single file, and everything that goes into it."""
     from sdkit.checkpoints.loading import is_single_file
     from sdkit.devices import find_device
@@ -72,6 +78,7 @@ def load_model(parts: ModelParts, device: str | None, dtype: Precision | None, b
         device=None if device is None else find_device(device),
         dtype=find_dtype(dtype),
         backend=backend,
+        graphs=graphs,
         prediction_type=parts.prediction,
         zero_snr=parts.zero_snr,
         vae=parts.vae,

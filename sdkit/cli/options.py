@@ -40,6 +40,10 @@ ModelOption = Annotated[str, _option("A model that ships with sdkit, a diffusers
 DeviceOption = Annotated[str | None, _option("cpu, cuda, cuda:1, … (default: the GPU if there is one)", "Model")]
 DtypeOption = Annotated[Precision | None, _option("Precision of the networks.", "Model")]
 BackendOption = Annotated[str | None, _option("Kernels: auto, triton or eager.", "Model")]
+GraphsOption = Annotated[
+    bool | None,
+    _option("Record a step's launches once, in a CUDA graph (default: on a GPU).", "Model", "--graphs/--no-graphs"),
+]
 PredictionOption = Annotated[
     str | None,
     _option("What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample.", "Model"),
@@ -74,6 +78,7 @@ class ModelOptions:
     device: DeviceOption = None
     dtype: DtypeOption = None
     backend: BackendOption = None
+    graphs: GraphsOption = None
     prediction: PredictionOption = None
     zero_snr: ZeroSnrOption = None
     text_encoder: TextEncoderOption = None

@@ -16,6 +16,7 @@ from sdkit.cli.options import (
     DeviceOption,
     EmbeddingOption,
     Given,
+    GraphsOption,
     Precision,
     PredictionOption,
     ProgressOption,
@@ -56,7 +57,7 @@ def make_pictures(given: Given) -> None:
         attention=output.attention_map,
     )
 
-    sd = load_model(parts, given.model.device, given.model.dtype, given.model.backend)
+    sd = load_model(parts, given.model.device, given.model.dtype, given.model.backend, given.model.graphs)
     _make(sd, given.task.method, arguments, paths, parts, watch)
 
 
@@ -71,6 +72,7 @@ def reproduce(
     zero_snr: ZeroSnrOption = None,
     device: DeviceOption = None,
     backend: BackendOption = None,
+    graphs: GraphsOption = None,
     progress: ProgressOption = True,
     adapters: Mapping[str, list[str]] = {},  # `with_adapters` makes options of it
 ) -> None:
@@ -99,7 +101,7 @@ def reproduce(
 
     paths, parts = destinations(out, 1), ModelParts.read(facts)
     dtype = Precision(facts["dtype"]) if facts.get("dtype") in list(Precision) else None
-    sd = load_model(parts, device, dtype, backend)
+    sd = load_model(parts, device, dtype, backend, graphs)
     _make(sd, task, arguments, paths, parts, Watch(progress=progress))
 
 

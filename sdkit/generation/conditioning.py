@@ -15,6 +15,7 @@ from torch import Tensor
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
 from sdkit.generation.options import Settings
+from sdkit.graphs import Graphs
 from sdkit.networks.attention import KeyValue
 from sdkit.networks.unet import ContextKeyValues, UNet2DConditionModel
 from sdkit.prompts.composition import is_composed, split_composition
@@ -212,8 +213,15 @@ Said = list[list[list[tuple[str, float]]]]
 """What one prompt says, by stage and step: the texts that it is composed of, and their weights."""
 
 
-def encode(prompts: Prompts, settings: Settings, model: DiffusionModel, stages: Sequence[Stage]) -> Conditioning:
-    """The contexts of P prompts and negative prompts in every step, by the model's text encoder.
+def encode(
+    prompts: Prompts,
+    settings: Settings,
+    model: DiffusionModel,
+    stages: Sequence[Stage],
+    graphs: Graphs | None = None,
+) -> Conditioning:
+    """The contexts of P prompts and negative prompts in every step, by the model's text encoder, if there are any by
+    ``graphs``.
 
     Warns of each textual inversion that was loaded since the last call and stands in none of these texts.
     """
@@ -239,7 +247,7 @@ def encode(prompts: Prompts, settings: Settings, model: DiffusionModel, stages: 
         groups["prompt"] = [text for one in said for text in _different(one)]
     if needs_uncond and negative_embeds is None:
         groups["negative_prompt"] = [text for one in unsaid for text in _different(one)]
-    encoded = _encoded(groups, settings, model) if groups else {}
+    encoded = _encoded(groups, settings, model, graphs) if groups else {}
 
     # The table.
     cond = encoded.get("prompt", embeds) if needs_cond else None
@@ -285,7 +293,9 @@ def _looks(said: Sequence[Said], first: int = 0) -> Looks:
     return looks
 
 
-def _encoded(groups: dict[str, list[str]], settings: Settings, model: DiffusionModel) -> dict[str, Tensor]:
+def _encoded(
+    groups: dict[str, list[str]], settings: Settings, model: DiffusionModel, graphs: Graphs | None
+) -> dict[str, Tensor]:
     return encode_groups(
         model.tokenizer,
         model.text_encoder,
@@ -293,6 +303,7 @@ def _encoded(groups: dict[str, list[str]], settings: Settings, model: DiffusionM
         clip_skip=settings.clip_skip,
         weighted=settings.prompt_weighting,
         embeddings=model.textual_inversions,
+        graphs=graphs,
     )
 
 

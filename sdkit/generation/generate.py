@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdkit.generation.conditioning import Conditioning, Look, Looks, encode
+from sdkit.generation.conditioning import Conditioning, encode
+from sdkit.generation.engine import Watched, calls_by_graphs
 from sdkit.generation.noise import given_latents
+from sdkit.generation.prediction import Predictor
 from sdkit.generation.provenance import facts_of
 from sdkit.generation.request import Request
 from sdkit.generation.splitting import BatchSplitter
 from sdkit.generation.tasks import Hires
+from sdkit.graphs import Graphs
 from sdkit.images.depth import depth_channel
 from sdkit.images.masks import feather, sampled, touched
 from sdkit.images.pixels import to_pil
 from sdkit.networks.vae import decode_latents, encode_pictures
-from sdkit.sampling.guidance import compose
-from sdkit.sampling.plan import Plan, denoise
+from sdkit.sampling.plan import Calls, Plan, make_calls
 from sdkit.viewing.attention_maps import AttentionMaps, AttentionRecorder, Word, prompt_words, record_attention
 from sdkit.viewing.previews import Preview, Previewer
 
@@ -55,14 +57,14 @@ def generate(request: Request) -> Output:
     Raises NumericalError for latents or pixels that are not finite, ConfigError for inputs that do not fit the batch.
     """
     model, settings = request.model, request.settings
-    with model.running(request.prompts.networks):
-        conditioning = encode(request.prompts, settings, model, request.stages)
+    with model.running(request.prompts.networks), model.lend_graphs() as graphs:
+        conditioning = encode(request.prompts, settings, model, request.stages, graphs)
         each = max(map(len, conditioning.texts))  # texts of an image, one where its prompt is the same in all steps
         recorder = record_attention(model.unet, request.batch * each) if settings.attention_maps else nullcontext()
         bar = tqdm(total=request.calls, disable=not settings.progress, leave=False)
 
         with recorder as record, bar:
-            run = Run(request, conditioning, bar, record)
+            run = Run(request, conditioning, bar, record, graphs)
             latents = run.first_stage()
             if request.task.hires is not None and not run.stopped:
                 latents = run.second_stage(request.task.hires, latents)
@@ -106,9 +108,15 @@ class Run:
     """The stages of one request, and what they share: batch splitting, the progress bar, previews and callback."""
 
     def __init__(
-        self, request: Request, conditioning: Conditioning, bar: Any, recorder: AttentionRecorder | None = None
+        self,
+        request: Request,
+        conditioning: Conditioning,
+        bar: Any,
+        recorder: AttentionRecorder | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.request, self.conditioning, self.bar, self.recorder = request, conditioning, bar, recorder
+        self.graphs = graphs
         settings, vae = request.settings, request.model.vae
         self.unet_splitter = BatchSplitter(settings.max_batch_size, fixed=settings.attention_maps)
         self.vae_splitter = BatchSplitter(settings.max_batch_size)
@@ -184,8 +192,11 @@ class Run:
         """Run the plan of one stage from its first latents; returns the last."""
         plan = self.request.plans[stage]
         predict = Predictor(self.request, stage, self.conditioning, extra, self.unet_splitter, self.recorder)
-        on_step = partial(self.on_step, _levels_after(plan), kept)
-        return denoise(plan, predict, first, self.request.noise.draw, self.request.settings.guidance, on_step)
+        calls = Calls(plan, predict, first, self.request.noise.draw, self.request.settings.guidance)
+        if self.graphs is not None:
+            watched = Watched(self.previewer.every > 0, self.request.settings.callback_on_step_end is not None)
+            calls = calls_by_graphs(calls, predict, self.graphs, watched)
+        return make_calls(calls, partial(self.on_step, _levels_after(plan), kept))
 
     def on_step(
         self,
@@ -203,13 +214,15 @@ class Run:
 
         if self.previewer.wants(step):
             shown = x0() if kept is None else kept.put_back(x0(), 1.0, 0.0)
-            frames = self.vae_splitter.run(lambda part: self.previewer.frames(shown[part]), self.request.batch)
+            show = self.previewer.frames
+            frames = self.vae_splitter.run(lambda part: show(shown[part], self.graphs), self.request.batch)
             self.previews.append(Preview(step, t, [frame for part in frames for frame in part]))
 
         callback = self.request.settings.callback_on_step_end
         if callback is None:
             return new
-        answer = callback(self.request.model, step, t, {"latents": latents if new is None else new})
+        seen = latents.clone() if new is None else new  # the callback may keep them, the next call overwrites its own
+        answer = callback(self.request.model, step, t, {"latents": seen})
         if isinstance(answer, dict):
             self.altered |= "latents" in answer
             return answer.get("latents", new)
@@ -223,7 +236,9 @@ class Run:
         """Decode to [B, 3, H, W] in [-1, 1], and lay the kept pixels of a masked picture over it as they were."""
         request, task, vae = self.request, self.request.task, self.request.model.vae
         tiling = request.settings.vae_tiling
-        parts = self.vae_splitter.run(lambda part: decode_latents(vae, latents[part], tiling), request.batch)
+        parts = self.vae_splitter.run(
+            lambda part: decode_latents(vae, latents[part], tiling, self.graphs), request.batch
+        )
         pixels = torch.cat(parts)
         if task.picture is None or task.mask is None:
             return pixels
@@ -253,69 +268,3 @@ def _levels_after(plan: Plan) -> list[list[float]]:
     """(signal, noise) after each call. Even where a sampler ends at some noise, the kept region ends clean."""
     levels: list[list[float]] = plan.levels[1:].tolist()
     return [*levels[:-1], [1.0, 0.0]]
-
-
-class Predictor:
-    """Makes the network calls of a stage; everything that does not depend on the latent is computed once.
-
-    extra [B, C, h, w]: channels that the UNet sees beside the latents. recorder: of attention maps, if they are asked
-    for; it is told which row of a batch is whose.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        stage: int,
-        conditioning: Conditioning,
-        extra: Tensor | None,
-        splitter: BatchSplitter,
-        recorder: AttentionRecorder | None = None,
-    ) -> None:
-        model, plan = request.model, request.plans[stage]
-        self.unet, self.dtype, self.plan, self.splitter = model.unet, model.dtype, plan, splitter
-        self.conditioning, self.recorder = conditioning, recorder
-        self.extra = None if extra is None else extra.to(self.dtype)
-        self.guidance, self.steps = request.settings.guidance.at_levels(plan.levels), plan.steps
-        self.times = self.unet.time_projections(plan.timesteps.to(model.device, torch.float32))
-        self.uncond = _of_images(request, conditioning.uncond, stage, "negative_prompt_embeds")
-        self.cond = _of_images(request, conditioning.cond, stage, "prompt_embeds")
-
-    def __call__(self, x: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
-        """Call k's (unconditional, conditional) predictions for its input x [B, C, h, w], None where not needed."""
-        now, step = self.guidance[k], self.steps[k]
-        cond = self.cond[step] if now.needs_cond else []
-        uncond = self.uncond[step] if now.needs_uncond or (cond and self.conditioning.is_partial) else []
-        parts = self.splitter.run(lambda part: self._part(x, k, uncond[part], cond[part], part), len(x))
-
-        of_uncond, of_cond = (torch.cat(half) for half in zip(*parts, strict=True))
-        prediction = compose(of_uncond if uncond else None, of_cond, [look.weights for look in cond]) if cond else None
-        return (of_uncond if now.needs_uncond else None), prediction
-
-    def _part(self, x: Tensor, k: int, uncond: list[Look], cond: list[Look], part: slice) -> tuple[Tensor, Tensor]:
-        """The predictions of a part of the batch, in one call: one for each of its unconditional rows, and one for each
-        of its conditional ones."""
-        inputs = x[part].to(self.dtype)
-        if self.extra is not None:
-            inputs = torch.cat([inputs, self.extra[part]], dim=1)
-        owners = [i for half in (uncond, cond) for i, look in enumerate(half) for _ in look.rows]
-        rows = tuple(row for look in (*uncond, *cond) for row in look.rows)
-        if self.recorder is not None:
-            self.recorder.places = self._places(uncond, cond)
-
-        time = [projection[k : k + 1] for projection in self.times]
-        context = self.conditioning.key_values(self.unet, rows)
-        both = self.unet(inputs[owners], self.plan.timesteps[k], None, context, time)
-        return both[: len(uncond)], both[len(uncond) :]
-
-    def _places(self, uncond: list[Look], cond: list[Look]) -> list[int | None]:
-        """For each row of a batch the attention map that it counts for: that of its text, among those of its image."""
-        numbers, each = self.conditioning.numbers, max(map(len, self.conditioning.texts))
-        of_texts = [i * each + numbers[row] for i, look in enumerate(cond) for row in look.rows]
-        return [*[None] * len(uncond), *of_texts]
-
-
-def _of_images(request: Request, looks: Looks | None, stage: int, name: str) -> list[list[Look]]:
-    """By step, what each image of the batch looks at."""
-    if looks is None:
-        return []
-    return [[prompts[row] for row in request.rows(len(prompts), name)] for prompts in looks[stage]]

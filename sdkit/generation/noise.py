@@ -98,7 +98,9 @@ class Noise:
         return self.draw()
 
     def _normal(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.dtype).to(self.device)
+        pinned = self.device.type == "cuda" and generator.device.type == "cpu"  # the copy then waits for nothing
+        normal = torch.randn(shape, generator=generator, device=generator.device, dtype=self.dtype, pin_memory=pinned)
+        return normal.to(self.device, non_blocking=pinned)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -7,12 +7,16 @@ to ``forward``, so that a sampling loop computes them once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
+from sdkit.networks.fusion import Conv2d, Sum, accumulate, accumulates, pointwise
 from sdkit.networks.layers import GroupNorm, LayerNorm
+from sdkit.networks.memory_layout import joined
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of a context, each [B, M, heads, head width]."""
@@ -43,16 +47,30 @@ class Attention(nn.Module):
         if context is not None and self.recorder is None and type(to_q) is nn.Linear and type(to_out) is nn.Linear:
             return sdkernels.cross_attention_block(x, to_q.weight, *context, to_out.weight, to_out.bias)
 
-        q = self._split(to_q(x))
         if context is None:
-            out = sdkernels.self_attention(q, *self.key_value(x))
+            q, k, v = self._query_key_value(x)
+            out = sdkernels.self_attention(q, k, v)
         elif self.recorder is None:
-            out = sdkernels.cross_attention(q, *context)
+            out = sdkernels.cross_attention(self._split(to_q(x)), *context)
         else:
-            out, probabilities = sdkernels.cross_attention(q, *context, probabilities=True)
+            out, probabilities = sdkernels.cross_attention(self._split(to_q(x)), *context, probabilities=True)
             self.recorder(probabilities)
 
         return to_out(out.flatten(2))
+
+    def _query_key_value(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values of x itself, in one product where their weights lie side by side."""
+        for weights in self.side_by_side():
+            weight = joined(weights)
+            if weight is not None:
+                return F.linear(x, weight).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self._split(self.to_q(x)), *self.key_value(x)
+
+    def side_by_side(self) -> list[list[nn.Parameter]]:
+        """For `sdkit.networks.memory_layout`: the weights of a self-attention that read the same tokens."""
+        layers: list[nn.Module] = [self.to_q, self.to_k, self.to_v]
+        plain = not self.is_cross and all(type(layer) is nn.Linear for layer in layers)
+        return [[layer.weight for layer in layers]] if plain else []  # type: ignore[misc]
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
@@ -66,6 +84,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.proj) is nn.Linear and sdkernels.fuses(x):
+            return sdkernels.linear_geglu(x, self.proj.weight, self.proj.bias)
         return sdkernels.geglu(self.proj(x))
 
 
@@ -99,7 +119,14 @@ class BasicTransformerBlock(nn.Module):
     def forward(self, x: Tensor, contexts: Iterator[KeyValue]) -> Tensor:
         h = self.attn1(self.norm1(x), next(contexts) if self.attn1.is_cross else None)
         h, x = self.norm2.of_sum(x, h)
-        h, x = self.norm3.of_sum(x, self.attn2(h, next(contexts)))
+        h = self.attn2(h, next(contexts))
+
+        # The last product is accumulated onto the sum where it lies, if it may be.
+        up, down = self.ff.net[0], cast("nn.Linear", self.ff.net[2])
+        if accumulates(down, x):
+            h, x = self.norm3.of_sum(x, h, later=down.bias)
+            return accumulate(x, up(h), down.weight)
+        h, x = self.norm3.of_sum(x, h)
         return x + self.ff(h)
 
 
@@ -112,33 +139,31 @@ class Transformer2DModel(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(groups, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = nn.Linear(width, width) if linear else Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(width, heads, context_width, only_cross) for _ in range(depth)
         )
-        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Linear(width, width) if linear else Conv2d(width, width, 1)
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Keys and values for every attention over the context [B, M, context_width], in order."""
         blocks: Any = self.transformer_blocks
         return [kv for block in blocks for kv in block.project_context(context)]
 
-    def forward(self, x: Tensor, contexts: Sequence[KeyValue]) -> Tensor:
+    def forward(self, x: Sum, contexts: Sequence[KeyValue]) -> Sum:
         """x [B, C, H, W]; contexts from ``project_context`` -> [B, C, H, W]."""
         remaining = iter(contexts)
-        h = self.norm(x)
-        if self.linear:
-            h = self.proj_in(_tokens(h))
-        else:
-            h = _tokens(self.proj_in(h))
+        in_place = accumulates(self.proj_out, x.x) and x.x.is_contiguous(memory_format=torch.channels_last)
+        h, total = self.norm.of_sum(x, later=self.proj_out.bias if in_place else None)
+        h = self.proj_in(_tokens(h)) if self.linear else _tokens(pointwise(self.proj_in, h))
 
         for block in self.transformer_blocks:
             h = block(h, remaining)
-        if self.linear:
-            h = _image(self.proj_out(h), x)
-        else:
-            h = self.proj_out(_image(h, x))
-        return h + x
+
+        if in_place:
+            return Sum(_image(accumulate(_tokens(total), h, self.proj_out.weight), total), before=x.before)
+        h = _image(self.proj_out(h), total) if self.linear else pointwise(self.proj_out, _image(h, total))
+        return Sum(h, total, before=x.before) if sdkernels.fuses(h) else Sum(h + total, before=x.before)
 
 
 def _tokens(x: Tensor) -> Tensor:

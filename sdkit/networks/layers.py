@@ -9,13 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
+from sdkit.networks.fusion import Conv2d, Sum, convolve, pointwise
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm on our kernel, with SiLU and a per-(sample, channel) vector ``add`` [B or 1, C] fused in."""
+    """nn.GroupNorm on our kernel, with SiLU, a per-(sample, channel) vector ``add`` [B or 1, C] and a per-channel one
+    ``shift`` [C] fused in."""
 
-    def forward(self, x: Tensor, activation: str | None = None, add: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # two optional arguments more
-        return sdkernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation, add)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # three optional arguments more
+        self, x: Tensor, activation: str | None = None, add: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        return sdkernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation, add, shift)
+
+    def of_sum(
+        self, x: Sum, activation: str | None = None, skip: Tensor | None = None, later: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(sum), sum + later) in one pass, see `sdkernels.group_norm_of_sum`."""
+        return sdkernels.group_norm_of_sum(
+            *(x.x, x.residual, x.shift, skip, self.num_groups, self.weight, self.bias, self.eps, activation, later)
+        )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,9 +38,9 @@ class LayerNorm(nn.LayerNorm):
         assert isinstance(out, Tensor)
         return out
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual) in one pass."""
-        out = sdkernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+    def of_sum(self, x: Tensor, residual: Tensor, later: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual + later) in one pass."""
+        out = sdkernels.layer_norm(x, self.weight, self.bias, self.eps, residual, later)
         assert isinstance(out, tuple)
         return out
 
@@ -59,18 +71,24 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, channels: int, out_channels: int, groups: int, eps: float, time_width: int | None) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, channels, eps)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W]; time [B or 1, out_channels], already projected -> [B, out_channels, H, W]."""
-        h = self.conv1(self.norm1(x, "silu"))
-        h = self.conv2(self.norm2(h, "silu", time))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+    def forward(self, x: Sum, time: Tensor | None = None, skip: Tensor | None = None) -> Sum:
+        """x and skip [B, C, H, W], of which skip may be None, joined along C; time [B or 1, out_channels], already
+        projected -> [B, out_channels, H, W]."""
+        h, x_and_skip = self.norm1.of_sum(x, "silu", skip)
+        h, _, shift, _ = convolve(self.conv1, h)
+        h = self.norm2(h, "silu", time, shift)
+        h, _, shift, _ = convolve(self.conv2, h)
+
+        shortcut = x_and_skip if self.conv_shortcut is None else pointwise(self.conv_shortcut, x_and_skip)
+        before = None if skip is not None or time is None else x_and_skip  # the VAE has no skip connections
+        return Sum(h + shortcut, before=before) if shift is None else Sum(h, shortcut, shift, before)
 
 
 class Downsample2D(nn.Module):
@@ -79,10 +97,10 @@ class Downsample2D(nn.Module):
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor) -> Sum:
+        return convolve(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):
@@ -90,8 +108,8 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Sum:
         target = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=target, mode="nearest"))
+        return convolve(self.conv, F.interpolate(x, size=target, mode="nearest"))

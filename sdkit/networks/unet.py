@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sdkit.errors import ConfigError
 from sdkit.networks.attention import KeyValue, Transformer2DModel
 from sdkit.networks.config import UNetConfig
+from sdkit.networks.fusion import Conv2d, Sum, convolve
 from sdkit.networks.layers import (
     Downsample2D,
     GroupNorm,
@@ -29,6 +30,7 @@ from sdkit.networks.layers import (
     Upsample2D,
     timestep_embedding,
 )
+from sdkit.networks.memory_layout import joined
 
 ContextKeyValues = list[list[KeyValue]]
 """For each transformer of the UNet, in order, the keys and values of its cross-attentions."""
@@ -74,17 +76,17 @@ class DownBlock(nn.Module):
         last = level == len(widths) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample2D(width, config.downsample_padding)])
 
-    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]) -> list[Tensor]:
-        """Returns every output along the way, for the skip connections; the last is the block's own."""
-        outputs: list[Tensor] = []
+    def forward(self, x: Sum, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]) -> Sum:
+        """Appends to ``skips`` every layer's input, which is there, added up, when the layer has run."""
         for j, resnet in enumerate(self.resnets):
             x = resnet(x, next(times))
+            skips.append(_input(x))
             if self.attentions:
                 x = self.attentions[j](x, next(contexts))
-            outputs.append(x)
         for downsampler in self.downsamplers:
-            outputs.append(downsampler(x))
-        return outputs
+            skips.append(x.total())
+            x = downsampler(skips[-1])
+        return x
 
 
 class MidBlock(nn.Module):
@@ -99,8 +101,10 @@ class MidBlock(nn.Module):
             for _ in range(2 if attention else 1)
         )
 
-    def forward(self, x: Tensor, times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]) -> Tensor:
+    def forward(self, x: Sum, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]) -> Sum:
+        """Appends its input to ``skips``."""
         x = self.resnets[0](x, next(times))
+        skips.append(_input(x))
         for attention in self.attentions:
             x = self.resnets[1](attention(x, next(contexts)), next(times))
         return x
@@ -129,17 +133,20 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(_transformer(config, level, width) for _ in range(layers if attention else 0))
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample2D(width)])
 
-    def forward(
-        self, x: Tensor, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]
-    ) -> Tensor:
+    def forward(self, x: Sum, skips: list[Tensor], times: Iterator[Tensor], contexts: Iterator[list[KeyValue]]) -> Sum:
         """Takes its skip connections from the end of ``skips``; upsamples to the size of the next one there."""
         for j, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
+            x = resnet(x, next(times), skips.pop())
             if self.attentions:
                 x = self.attentions[j](x, next(contexts))
         for upsampler in self.upsamplers:
-            x = upsampler(x, (skips[-1].shape[-2], skips[-1].shape[-1]))
+            x = upsampler(x.total(), (skips[-1].shape[-2], skips[-1].shape[-1]))
         return x
+
+
+def _input(x: Sum) -> Tensor:
+    assert x.before is not None
+    return x.before
 
 
 class UNet2DConditionModel(nn.Module):
@@ -152,7 +159,7 @@ class UNet2DConditionModel(nn.Module):
         width = config.block_out_channels[0]
         time_width = 4 * width
 
-        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, width, 3, padding=1)
         self.time_embedding = TimestepEmbedding(width, time_width)
         self.down_blocks = nn.ModuleList(DownBlock(config, i, time_width, flag) for i, flag in enumerate(down))
         self.mid_block = None if mid is None else MidBlock(config, time_width, mid)
@@ -179,7 +186,17 @@ class UNet2DConditionModel(nn.Module):
         """Timesteps [K], integer or fractional -> for each ResNet block in order its projection [K, C]."""
         embedding = timestep_embedding(timesteps.to(self.device), self.config.block_out_channels[0])
         embedding = F.silu(self.time_embedding(embedding.to(self.dtype)))
-        return [resnet.time_emb_proj(embedding) for block in self._blocks() for resnet in block.resnets]
+
+        together = [whole for group in self.side_by_side() if (whole := joined(group)) is not None]
+        if len(together) == 2:
+            return list(F.linear(embedding, *together).split([len(own) for own in self.side_by_side()[1]], dim=1))
+        return [resnet.time_emb_proj(embedding) for resnet in self._resnets()]
+
+    def side_by_side(self) -> list[list[nn.Parameter]]:
+        """For `sdkit.networks.memory_layout`: the weights and the biases of all time projections."""
+        layers = [resnet.time_emb_proj for resnet in self._resnets()]
+        plain = all(type(layer) is nn.Linear for layer in layers)
+        return [[layer.weight for layer in layers], [layer.bias for layer in layers]] if plain else []
 
     def context_kv(self, encoder_hidden_states: Tensor) -> ContextKeyValues:
         """Hidden states [B, M, cross_attention_dim] -> for each transformer in order its keys and values."""
@@ -208,21 +225,27 @@ class UNet2DConditionModel(nn.Module):
             context_kv = self.context_kv(encoder_hidden_states)
         times, contexts = iter(time_projections), iter(context_kv)
 
-        x = self.conv_in(sample)
-        skips = [x]
+        # Each layer leaves what it can to the next, see `sdkit.networks.fusion`.
+        x = convolve(self.conv_in, sample)
+        skips: list[Tensor] = []
         for block in self.down_blocks:
-            skips += block(skips[-1], times, contexts)
+            x = block(x, skips, times, contexts)
 
-        x = skips[-1]
-        if self.mid_block is not None:
-            x = self.mid_block(x, times, contexts)
+        if self.mid_block is None:
+            skips.append(x.total())
+            x = Sum(skips[-1])
+        else:
+            x = self.mid_block(x, skips, times, contexts)
         for block in self.up_blocks:
             x = block(x, skips, times, contexts)
-        return self.conv_out(self.conv_norm_out(x, "silu"))
+        return self.conv_out(self.conv_norm_out.of_sum(x, "silu")[0])
 
     def _blocks(self) -> list[Any]:
         """Every block with ResNets, in the order of ``forward``."""
         return [*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks]
+
+    def _resnets(self) -> list[Any]:
+        return [resnet for block in self._blocks() for resnet in block.resnets]
 
 
 def _attention_flags(config: UNetConfig) -> tuple[list[bool], bool | None, list[bool]]:

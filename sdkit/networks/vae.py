@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.errors import ConfigError, NumericalError
+from sdkit.graphs import Graphs
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae_blocks import Decoder, Encoder
 from sdkit.networks.vae_tiling import TILE, decode_tiled, encode_tiled
@@ -117,16 +119,21 @@ def run_dtype(config: VAEConfig, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if config.force_upcast and dtype == torch.float16 else dtype
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None) -> Tensor:
+def decode_latents(
+    vae: AutoencoderKL, latents: Tensor, tiling: bool | None = None, graphs: Graphs | None = None
+) -> Tensor:
     """Decode latents in the noise predictor's scale to pixels [B, 3, f h, f w], float32 or wider, about [-1, 1].
 
     ``tiling``: whether to work tile by tile; None: where a picture would not fit in the free memory (`choose_tile`).
-    A float16 VAE that overflows decodes again in float32, with a warning. Raises NumericalError, with what to do about
-    it, for pixels that are not finite even so.
+    ``graphs``: the decoder runs by them, if not tile by tile. A float16 VAE that overflows decodes again in float32,
+    with a warning. Raises NumericalError, with what to do about it, for pixels that are not finite even so.
     """
     z = latents / vae.config.scaling_factor
     tile = choose_tile(vae, z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, tiling)
-    pixels = _finite(vae, "decoder", z, lambda: (vae.decode(z.to(vae.device, vae.dtype), tile),))[0]
+    decode = partial(vae.decode, tile=tile)
+    if graphs is not None and tile is None:
+        decode = partial(graphs.call, "decode", vae, vae.decode)
+    pixels = _finite(vae, "decoder", z, lambda: (decode(z.to(vae.device, vae.dtype)),))[0]
     return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import sdkernels
 from sdkit.networks.config import VAEConfig
+from sdkit.networks.fusion import Conv2d, Sum, convolve
 from sdkit.networks.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6
@@ -22,11 +23,13 @@ class AttentionBlock(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+    def forward(self, x: Sum) -> Sum:
+        h, total = self.group_norm.of_sum(x)
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)
         q, k, v = (layer(h)[:, :, None] for layer in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](sdkernels.self_attention(q, k, v)[:, :, 0])
-        return x + h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
+        h = h.unflatten(1, total.shape[-2:]).permute(0, 3, 1, 2)
+        return Sum(total, h) if sdkernels.fuses(h) else Sum(total + h)
 
 
 class MidBlock(nn.Module):
@@ -37,7 +40,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, EPS, None) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Sum) -> Sum:
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
@@ -54,9 +57,11 @@ class EncoderBlock(nn.Module):
         )
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+    def forward(self, x: Sum) -> Sum:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x.total())
         return x
 
 
@@ -70,9 +75,11 @@ class DecoderBlock(nn.Module):
         )
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+    def forward(self, x: Sum) -> Sum:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x.total())
         return x
 
 
@@ -82,7 +89,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             EncoderBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, i < len(widths) - 1)
             for i, width in enumerate(widths)
@@ -92,10 +99,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        h = convolve(self.conv_in, x)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x), "silu"))
+            h = block(h)
+        return self.conv_out(self.conv_norm_out.of_sum(self.mid_block(h), "silu")[0])
 
 
 class Decoder(nn.Module):
@@ -104,7 +111,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             DecoderBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, i < len(widths) - 1)
@@ -114,7 +121,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = self.mid_block(self.conv_in(z))
+        h = self.mid_block(convolve(self.conv_in, z))
         for block in self.up_blocks:
-            z = block(z)
-        return self.conv_out(self.conv_norm_out(z, "silu"))
+            h = block(h)
+        return self.conv_out(self.conv_norm_out.of_sum(h, "silu")[0])

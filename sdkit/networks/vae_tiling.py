@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sdkit.checks import check_count
 from sdkit.errors import ConfigError
+from sdkit.networks.fusion import Sum
 from sdkit.networks.layers import GroupNorm, ResnetBlock2D
 from sdkit.networks.vae_blocks import Decoder, DecoderBlock, Encoder, EncoderBlock
 
@@ -64,9 +65,10 @@ def _decode(decoder: Decoder, z: Tensor, tile: int) -> Tensor:
     if max(cells) <= tile or len(blocks) == 1:
         return decoder(z)
 
-    x = decoder.mid_block(decoder.conv_in(z))
+    h = decoder.mid_block(Sum(decoder.conv_in(z)))
     for resnet in blocks[0].resnets:
-        x = resnet(x)
+        h = resnet(h)
+    x = h.total()
 
     for before, block in pairwise(blocks):
         layers = [*before.upsamplers, *block.resnets]
@@ -90,8 +92,8 @@ def _encode(encoder: Encoder, x: Tensor, tile: int, factor: int) -> Tensor:
         margin = 2 * math.ceil(_reach(layers) / 2)  # even, to keep in step with the stride of 2
         x = _in_tiles(layers, x, cells, tile, margin)
 
-    x = encoder.mid_block(last(x))
-    return encoder.conv_out(encoder.conv_norm_out(x, "silu"))
+    h = encoder.mid_block(last(Sum(x)))
+    return encoder.conv_out(encoder.conv_norm_out.of_sum(h, "silu")[0])
 
 
 def _reach(layers: Sequence[nn.Module]) -> int:
@@ -195,7 +197,8 @@ def _steps(layers: Sequence[nn.Module], x: Tensor) -> Generator[tuple[GroupNorm 
         elif isinstance(layer, GroupNorm):
             x = yield layer, x
         else:
-            x = layer(x)
+            y = layer(x)
+            x = y.total() if isinstance(y, Sum) else y
     yield None, x
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.errors import ConfigError, NumericalError
+from sdkit.graphs import Graphs
 from sdkit.networks.text_encoder import inner_model
 from sdkit.prompts.tokenizer import max_length
 from sdkit.prompts.tokens import PromptToken, prompt_tokens
@@ -62,10 +63,11 @@ def encode_groups(
     clip_skip: int = 0,
     weighted: bool = True,
     embeddings: Mapping[str, Tensor] | None = None,
+    graphs: Graphs | None = None,
 ) -> dict[str, Tensor]:
     """Encode several groups of texts, each by the name of the argument that it came from, to contexts [B, 77 * n, D].
 
-    n is the same for all; otherwise as `encode_prompts`.
+    n is the same for all. ``graphs``: the encoder runs by them. Otherwise as `encode_prompts`.
     """
     layers = int(text_encoder.config.num_hidden_layers)
     if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip < layers:  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
@@ -80,7 +82,7 @@ def encode_groups(
 
     count = max(len(text) for texts in chunks.values() for text in texts)
     tokens = {name: [_pad(tokenizer, text, count, length) for text in texts] for name, texts in chunks.items()}
-    return {name: _encode(text_encoder, texts, length, clip_skip) for name, texts in tokens.items()}
+    return {name: _encode(text_encoder, texts, length, clip_skip, graphs) for name, texts in tokens.items()}
 
 
 def _check_prompts(argument: str, prompts: Sequence[str]) -> None:
@@ -108,7 +110,9 @@ def _pad(tokenizer: Any, chunks: list[list[PromptToken]], count: int, length: in
     return [token for chunk in filled for token in (start, *chunk, end, *[pad] * (length - 2 - len(chunk)))]
 
 
-def _encode(text_encoder: CLIPTextModel, prompts: list[list[PromptToken]], length: int, clip_skip: int) -> Tensor:
+def _encode(
+    text_encoder: CLIPTextModel, prompts: list[list[PromptToken]], length: int, clip_skip: int, graphs: Graphs | None
+) -> Tensor:
     """Encode B prompts of n * length tokens each, ``length`` at a time, to [B, n * length, D]."""
     ids = torch.tensor([[token.id for token in prompt] for prompt in prompts])
     weights = torch.tensor([[token.weight for token in prompt] for prompt in prompts])
@@ -117,13 +121,18 @@ def _encode(text_encoder: CLIPTextModel, prompts: list[list[PromptToken]], lengt
         raise ConfigError(f"the tokenizer gives token {highest}, the text encoder takes only {vocabulary}")
 
     with _vectors_in_place(text_encoder, [token.vector for prompt in prompts for token in prompt]):
-        output = text_encoder(ids.view(-1, length).to(text_encoder.device), output_hidden_states=clip_skip > 0)
-
-    hidden: Tensor = output.last_hidden_state
-    if clip_skip:
-        hidden = inner_model(text_encoder).final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+        run, rows = partial(_hidden, text_encoder, clip_skip), ids.view(-1, length).to(text_encoder.device)
+        hidden = run(rows) if graphs is None else graphs.call(("text", clip_skip), text_encoder, run, rows)
     hidden = hidden.reshape(*ids.shape, -1)
     return hidden if bool((weights == 1).all()) else _apply_weights(hidden, weights.to(hidden.device))
+
+
+def _hidden(text_encoder: CLIPTextModel, clip_skip: int, ids: Tensor) -> Tensor:
+    """The encoder's output [N, length, D] for tokens [N, length], without its last ``clip_skip`` layers."""
+    output = text_encoder(ids, output_hidden_states=clip_skip > 0)
+    if not clip_skip:
+        return output.last_hidden_state
+    return inner_model(text_encoder).final_layer_norm(output.hidden_states[-(clip_skip + 1)])
 
 
 @contextmanager

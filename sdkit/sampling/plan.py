@@ -174,55 +174,94 @@ def denoise(
     ``guidance.at_levels(plan.levels)[k]`` doesn't need: outside the guidance's interval that is the unconditional one,
     and the network is called for half the batch.
     draw_noise() gives a normal like the latents; it is called once for each k with ``plan.draws_noise[k]``, in order.
-    on_step(k, t, latents, x0) is called after call k with the new latents and a function that gives the estimate of
-    the clean latents that call k made; a tensor that it returns replaces the latents, "stop" ends the loop with the
-    latents as they are. Raises NumericalError when the latents are no longer finite: at that call on the CPU, at the
-    end on a GPU, where looking after each call would hold up the next.
+    on_step as in `make_calls`, which also says what is raised.
     """
-    guidance = guidance or Guidance()
-    work = torch.float64 if latents.dtype == torch.float64 else torch.float32
-    coefficients = plan.coefficients.to(latents.device, work)
-    input_scale, times, draws = plan.input_scale.tolist(), plan.timesteps.tolist(), plan.draws_noise.tolist()
-    registers = torch.zeros(plan.num_registers, *latents.shape, dtype=work, device=latents.device)
-    registers[0] = latents
+    return make_calls(Calls(plan, predict, latents, draw_noise, guidance), on_step)
 
-    for k, (t, now) in enumerate(zip(times, guidance.at_levels(plan.levels), strict=True)):
-        x_in = registers[0] * input_scale[k]
-        uncond, cond = predict(x_in, k)
+
+class Calls:
+    """The network calls of a run, to be made one after the other; arguments as in `denoise`.
+
+    registers [R, B, C, H, W]: what the plan's rows work on, the latents first, float32 (float64 if they came so).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        predict: Predict,
+        latents: Tensor,
+        draw_noise: Callable[[], Tensor],
+        guidance: Guidance | None = None,
+    ) -> None:
+        work = torch.float64 if latents.dtype == torch.float64 else torch.float32
+        self.plan, self.predict, self.draw_noise = plan, predict, draw_noise
+        self.guidance = (guidance or Guidance()).at_levels(plan.levels)
+        self.times, self.draws = plan.timesteps.tolist(), plan.draws_noise.tolist()
+        self.input_scale, self.coefficients = plan.input_scale.tolist(), plan.coefficients.to(latents.device, work)
+
+        self.registers = torch.zeros(plan.num_registers, *latents.shape, dtype=work, device=latents.device)
+        self.registers[0] = latents
+
+    def make(self, k: int) -> Callable[[], Tensor]:
+        """Make call k, which moves the registers on. Returns a function that gives the call's estimate of the clean
+        latents; ask it before the next call."""
+        now, before = self.guidance[k], self.registers[0]
+        x_in = before * self.input_scale[k]
+        uncond, cond = self.predictions(x_in, k)
         if not now.is_linear:
-            u, c = (None if p is None else p.to(work) for p in (uncond, cond))
-            level = Level(*plan.levels[k].tolist())
-            uncond, cond = None, guide(now, u, c, x_in, t, level, plan.prediction_type)
+            u, c = (None if p is None else p.to(before.dtype) for p in (uncond, cond))
+            level = Level(*self.plan.levels[k].tolist())
+            uncond, cond = None, guide(now, u, c, x_in, self.times[k], level, self.plan.prediction_type)
 
-        noise = draw_noise() if draws[k] else None
-        before = registers[0]
-        registers = sdkernels.sampler_step(registers, uncond, cond, noise, coefficients, k, now.scale)
-        if registers.device.type == "cpu":
-            _check_finite(registers[0], k, len(times), t)
+        noise = self.draw_noise() if self.draws[k] else None
+        self.registers = sdkernels.sampler_step(self.registers, uncond, cond, noise, self.coefficients, k, now.scale)
+        return partial(self.estimate, k, before, uncond, cond)
 
-        if on_step is not None:
-            estimate = partial(_estimate, plan, k, before, uncond, cond, now.scale)
-            answer = on_step(k, t, registers[0], estimate)
-            if isinstance(answer, Tensor):
-                if answer.shape != registers[0].shape:
-                    expected, found = list(registers[0].shape), list(answer.shape)
-                    raise ConfigError(f"callback: expected latents {expected}, found {found}")
-                registers = torch.cat([answer.to(registers)[None], registers[1:]])
-            elif answer == "stop":
-                break
-            elif answer is not None:
-                raise ConfigError(f'callback: expected latents, "stop" or None, found {answer!r}')
+    def predictions(self, x_in: Tensor, k: int) -> tuple[Tensor | None, Tensor | None]:
+        """The unconditional and the conditional prediction of call k."""
+        return self.predict(x_in, k)
 
-    if times:
-        _check_finite(registers[0], len(times) - 1, len(times), times[-1])
-    return registers[0]
+    def estimate(self, k: int, before: Tensor, uncond: Tensor | None, cond: Tensor | None) -> Tensor:
+        """The clean latents by the predictions of call k for the latents before it."""
+        uncond, cond = (None if p is None else p.to(before) for p in (uncond, cond))
+        return self.plan.denoised(k, before, combine(uncond, cond, self.guidance[k].scale))
+
+    def replace(self, latents: Tensor) -> None:
+        """Go on with other latents."""
+        self.registers = torch.cat([latents.to(self.registers)[None], self.registers[1:]])
 
 
-def _estimate(plan: Plan, k: int, latents: Tensor, uncond: Tensor | None, cond: Tensor | None, scale: float) -> Tensor:
-    uncond, cond = (None if p is None else p.to(latents) for p in (uncond, cond))
-    return plan.denoised(k, latents, combine(uncond, cond, scale))
+def make_calls(calls: Calls, on_step: OnStep | None = None) -> Tensor:
+    """Make all calls of a run; returns the latents.
+
+    on_step(k, t, latents, x0) is called after call k with the new latents and a function that gives the estimate of
+    the clean latents that call k made, both good until it returns; a tensor that it returns replaces the latents,
+    "stop" ends the loop with the latents as they are. Raises NumericalError when the latents are no longer finite: at
+    that call on the CPU, at the end on a GPU, where looking after each call would hold up the next.
+    """
+    for k, t in enumerate(calls.times):
+        x0 = calls.make(k)
+        latents = calls.registers[0]
+        if latents.device.type == "cpu":
+            _check_finite(latents, calls, k)
+
+        answer = None if on_step is None else on_step(k, t, latents, x0)
+        if isinstance(answer, Tensor):
+            if answer.shape != latents.shape:
+                raise ConfigError(f"callback: expected latents {list(latents.shape)}, found {list(answer.shape)}")
+            calls.replace(answer)
+        elif answer == "stop":
+            break
+        elif answer is not None:
+            raise ConfigError(f'callback: expected latents, "stop" or None, found {answer!r}')
+
+    latents = calls.registers[0].clone()
+    if calls.times:
+        _check_finite(latents, calls, len(calls.times) - 1)
+    return latents
 
 
-def _check_finite(latents: Tensor, k: int, calls: int, t: float) -> None:
+def _check_finite(latents: Tensor, calls: Calls, k: int) -> None:
     if not bool(torch.isfinite(latents).all()):
-        raise NumericalError(f"denoising: latents are not finite after call {k + 1} of {calls} (timestep {t:g})")
+        count, t = len(calls.times), calls.times[k]
+        raise NumericalError(f"denoising: latents are not finite after call {k + 1} of {count} (timestep {t:g})")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sdkit.errors import ConfigError, NumericalError
+from sdkit.graphs import Graphs
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import contact_sheet
 from sdkit.networks.vae import AutoencoderKL, decode_latents
@@ -55,15 +56,16 @@ class Previewer:
         return self.every > 0 and step % self.every == 0
 
     @torch.no_grad()
-    def frames(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Pictures of latents [B, C, h, w] in the noise predictor's scale, usually its estimate of x0.
+    def frames(self, latents: torch.Tensor, graphs: Graphs | None = None) -> list[Image.Image]:
+        """Pictures of latents [B, C, h, w] in the noise predictor's scale, usually its estimate of x0; ``graphs`` as in
+        `decode_latents`.
 
         Raises NumericalError when they are not finite.
         """
         if self.mode == "fast":
             return to_pil(latent_to_rgb(self.vae, latents), stage="preview")
         try:
-            return to_pil(decode_latents(self.vae, latents))
+            return to_pil(decode_latents(self.vae, latents, graphs=graphs))
         except NumericalError as error:
             raise NumericalError(f"preview: {error}") from None
 

@@ -131,6 +131,30 @@ def test_a_program_takes_several_blocks_of_queries(monkeypatch: pytest.MonkeyPat
     agrees("self_attention", q, k, v, upstream)
 
 
+@pytest.mark.parametrize("op", ["self_attention", "cross_attention"])
+def test_the_log_sum_exp_is_written_for_a_backward_pass_alone(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    q, k, v = (torch.randn(1, 19, 2, 24, device=DEVICE, requires_grad=True) for _ in "qkv")
+    with sdkernels.backend("triton"), torch.no_grad():
+        compiled = torch.compile(getattr(sdkernels, op), fullgraph=True, backend="aot_eager")(q, k, v)
+    torch._dynamo.reset()
+
+    module, sizes = {"self_attention": SELF, "cross_attention": CROSS}[op], []
+    launch = getattr(module, f"{op}_forward")
+
+    def note(*arguments: Any) -> tuple[Tensor, Tensor]:
+        o, lse = launch(*arguments)
+        sizes.append(tuple(lse.shape))
+        return o, lse
+
+    monkeypatch.setattr(module, f"{op}_forward", note)
+    with sdkernels.backend("triton"):
+        out = getattr(sdkernels, op)(q, k, v)
+        with torch.no_grad():
+            alone = getattr(sdkernels, op)(q, k, v)
+    assert sizes == [(1, 2, 19), (0,)]
+    assert torch.equal(out, alone) and torch.equal(out, compiled)
+
+
 def test_probabilities() -> None:
     q, k, v = (torch.randn(2, rows, 3, 24, device=DEVICE, requires_grad=True) for rows in (21, 77, 77))
     with sdkernels.backend("triton"):

@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 import sdkernels
 from sdkernels import in_force, reference
@@ -21,11 +23,16 @@ from sdkernels.backend import Device, device_of, simulate
 from tests.conftest import draw
 from tests.sdkernels.test_kernels import DEVICE
 
+BACKEND: Any = sys.modules["sdkernels.backend"]
 R = TypeVar("R")
 FOLDER = Path(sdkernels.__file__).parent
 
 CALLS: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
     "group_norm": (reference.group_norm, (draw("x", (2, 4, 3, 3)), 2, None, None)),
+    "group_norm_of_sum": (
+        reference.group_norm_of_sum,
+        (draw("x", (2, 4, 3, 3)), None, draw("s", (4,)), draw("y", (2, 2, 3, 3)), 2, None, None),
+    ),
     "self_attention": (reference.self_attention, tuple(draw(n, (1, 3, 2, 4)) for n in "qkv")),
     "cross_attention": (reference.cross_attention, tuple(draw(n, (1, 3, 2, 4)) for n in "qkv")),
     "cross_attention_block": (
@@ -33,6 +40,7 @@ CALLS: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
         (draw("x", (1, 3, 6)), draw("w", (8, 6)), *(draw(n, (1, 5, 2, 4)) for n in "kv"), draw("o", (6, 8)), None),
     ),
     "geglu": (reference.geglu, (draw("x", (2, 6)),)),
+    "linear_geglu": (reference.linear_geglu, (draw("x", (2, 6)), draw("w", (8, 6)), None)),
     "layer_norm": (reference.layer_norm, (draw("x", (2, 6)), None, None)),
     "lora_linear": (
         reference.lora_linear,
@@ -41,6 +49,10 @@ CALLS: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {
     "add_noise": (
         reference.add_noise,
         (draw("x", (1, 4)), draw("n", (1, 4)), torch.tensor([1]), torch.tensor([0.9, 0.5]), "epsilon"),
+    ),
+    "prepare_step": (
+        reference.prepare_step,
+        (draw("x", (1, 1, 4)), None, torch.tensor([0, 0]), draw("s", (2,)), draw("t", (2, 3)), 1),
     ),
     "sampler_step": (
         reference.sampler_step,
@@ -247,7 +259,7 @@ def test_triton_refuses_what_it_has_no_kernel_for(op: str):
 
 
 def test_every_public_op_is_exercised_here():
-    others = {"BACKENDS", "UnsupportedError", "backend", "current", "reference"}
+    others = {"BACKENDS", "UnsupportedError", "backend", "current", "fuses", "reference"}
     assert set(sdkernels.__all__) - others == set(CALLS)
 
 
@@ -266,3 +278,45 @@ def test_the_folder_loads_by_itself_under_another_name():
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "loaded_elsewhere"]:
             del sys.modules[name]
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for():
+    """The forward pass alone runs; a gradient, and a tangent, which is refused and not dropped, reach autograd."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+            ctx.save_for_backward(x)
+            ctx.factor = factor
+            return factor * x
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return ctx.factor * dy, None
+
+    x, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert BACKEND.apply(Double, x, 2.0).tolist() == [2, 2]
+    assert BACKEND.apply(Double, leaf, 2.0).grad_fn.name() == "DoubleBackward"
+    with torch.no_grad():
+        assert not BACKEND.apply(Double, leaf, 2.0).requires_grad
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        BACKEND.apply(Double, forward_ad.make_dual(x, x), 2.0)
+
+
+def test_a_launch_has_its_tensors_gpu_as_current_device_compiled_or_not(monkeypatch: pytest.MonkeyPatch):
+    entered: list[str] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Generator[None]:
+        entered.append(device.type)
+        yield
+
+    @BACKEND.opaque(torch.empty_like)
+    def launched_somewhere(x: Tensor) -> Tensor:
+        assert entered, "the launch came before its device"
+        return x + 1
+
+    monkeypatch.setattr(BACKEND, "_current_device", enter)
+    for function in (launched_somewhere, torch.compile(launched_somewhere, fullgraph=True, backend="eager")):
+        entered.clear()
+        assert function(torch.zeros(2)).tolist() == [1, 1] and entered == ["cpu"]

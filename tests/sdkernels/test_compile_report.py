@@ -6,6 +6,7 @@ the report would compile of an op at each extent.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -24,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 import sdkernels
-from sdkernels import compile_report, registry
-from sdkernels.op_spec import Case, OpSpec
+from sdkernels import compile_report, gpus, registry
+from sdkernels.op_spec import Case, OpSpec, Target
 
 KERNELS = Path(sdkernels.__file__).parent
 JIT = re.compile(r"^@triton\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
@@ -52,6 +53,8 @@ def check(rows: list[dict[str, Any]], architectures: tuple[int, ...]) -> None:
         kernels = [row["instructions"] for row in rows if (row["arch"], row["op"]) == (arch, spec.name)]
         assert kernels and (not spec.flops(**spec.hot[0].sizes) or any(products[arch] in k for k in kernels)), spec.name
     assert all(0 < row["registers"] <= 255 and row["code"] and row["occupancy"] for row in rows)
+    assert all(row["floor"] > 0 and row["limiter"] for row in rows)
+    assert not [f"{row['kernel']} sm_{row['arch']} {row['case']}" for row in rows if row["unknown"]]
 
 
 def test_each_kernel_compiles_without_spills_for_sm_80_and_sm_90(tmp_path: Path) -> None:
@@ -73,15 +76,12 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert stopped.value.code == 2 and "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
-def test_occupancy_is_what_nvidias_calculator_says() -> None:
-    assert compile_report.occupancy(90, warps=4, registers=32, shared=0) == 64  # nothing in short supply
-    assert compile_report.occupancy(90, warps=4, registers=128, shared=0) == 16  # 65536 / (128 * 32)
-    assert compile_report.occupancy(90, warps=4, registers=33, shared=0) == 48  # a warp takes registers by 256
-    assert compile_report.occupancy(90, warps=1, registers=96, shared=0) == 20  # five in each quarter
-    assert compile_report.occupancy(90, warps=8, registers=168, shared=0) == 8  # 12 warps fit, so one block of 8
-    assert compile_report.occupancy(80, warps=8, registers=64, shared=72 << 10) == 16  # two blocks of 72 + 1 KB
-    assert compile_report.occupancy(86, warps=1, registers=32, shared=0) == 16  # blocks
-    assert compile_report.occupancy(89, warps=4, registers=32, shared=100 << 10) == 0  # with the system's KB: too much
+@pytest.mark.parametrize("options", ["--case x", "--simulate", "--floors --json x", "--floors --small"])
+def test_options_that_would_do_nothing_are_refused(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_report.knobs.runtime, "interpret", False)
+    with pytest.raises(SystemExit) as stopped:
+        compile_report.main(options.split())
+    assert stopped.value.code == 2
 
 
 @triton.jit
@@ -183,7 +183,38 @@ def report_on_planted() -> dict[str, Any]:
         with tempfile.NamedTemporaryFile() as file, contextlib.redirect_stdout(io.StringIO()) as output:
             status = compile_report.main(["--small", "--arch", "90", "--op", name, "--json", file.name])
             found[name] = [status, output.getvalue(), json.loads(file.read())["kernels"]]
-    return found | {"plans": plans()}
+    return found | {"plans": plans(), "targets": targets_of_good(), "floors": floors_of_planted()}
+
+
+TARGETS = {
+    "met": {"microseconds": 100},
+    "simulation met": {"microseconds": 100, "simulated": True},
+    "time": {"microseconds": 0.001},
+    "copies": {"copies": 0.9},
+    "simulated": {"microseconds": 0.1, "simulated": True},
+}
+
+
+def targets_of_good() -> dict[str, Any]:
+    """What the report says of each of these targets for the planted op that is good."""
+    found: dict[str, Any] = {}
+    untargeted = registry.OPS["good"]
+    for name, target in TARGETS.items():
+        registry.OPS["good"] = dataclasses.replace(untargeted, targets=(Target("planted", (90,), **target),))
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            found[name] = [compile_report.main(["--arch", "90", "--op", "good"]), output.getvalue()]
+    registry.OPS["good"] = untargeted
+    return found
+
+
+def floors_of_planted() -> dict[str, Any]:
+    """The floors and simulated times of a planted op that is good, and of one that does not compile."""
+    found: dict[str, Any] = {}
+    for name in ("good", "broken"):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            status = compile_report.main(["--arch", "90", "--op", name, "--floors", "--simulate", "--case", "plant"])
+            found[name] = [status, output.getvalue()]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +244,45 @@ def test_a_planted_fault_is_named_and_fails(planted: dict[str, Any], name: str, 
 
 def test_a_good_kernel_passes_and_a_spill_in_a_backward_kernel_is_only_noted(planted: dict[str, Any]) -> None:
     status, output, rows = planted["good"]
-    assert status == 0 and "1 kernels, 0 problems" in output and rows[0]["local"] == 0
+    assert status == 0 and "\n1 kernels\n0 problems" in output and rows[0]["local"] == 0
     status, output, rows = planted["spills_in_backward"]
     assert status == 0 and re.search("^note: spilling_backward_kernel", output, re.MULTILINE)
     assert rows[0]["local"] > 0 and rows[0]["instructions"]["STL"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("time", r"the floor is \d\.\d\d us, over the target of 0\.00 us"),
+        ("copies", r"the floor is \d\.\d\d us, over the target of \d\.\d\d us \(0\.9 copies\)"),
+        ("simulated", r"the simulated time is \d\.\d\d us, over the target of 0\.10 us"),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_named_and_fails(planted: dict[str, Any], name: str, finding: str) -> None:
+    status, output = planted["targets"][name]
+    assert status == 1 and re.search(f'^FAILED: good sm_90 "planted": {finding}$', output, re.MULTILINE), output
+
+
+def test_targets_that_can_be_met_pass(planted: dict[str, Any]) -> None:
+    assert planted["targets"]["met"][0] == planted["targets"]["simulation met"][0] == 0
+
+
+def test_floors_are_reported_by_launch_and_what_does_not_compile_is_named(planted: dict[str, Any]) -> None:
+    status, output = planted["floors"]["good"]
+    assert status == 0 and "good sm_90 planted: forward floor" in output and "H100 SXM, uncalibrated" in output
+    floor, simulated = map(float, re.findall(r"good_forward_kernel +([\d.]+) by \w+ +([\d.]+) simulated", output)[0])
+    assert 0 < floor <= simulated < 10
+
+    status, output = planted["floors"]["broken"]
+    assert status == 1 and re.search('^FAILED: broken sm_90 "planted": .*power of 2', output, re.MULTILINE), output
+
+
+def test_every_target_is_of_a_hot_case() -> None:
+    targets = [(spec, target) for spec in registry.OPS.values() for target in spec.targets]
+    assert targets
+    for spec, target in targets:
+        assert target.case in [case.name for case in spec.hot] and set(target.architectures) <= set(gpus.GPUS)
+        assert (target.microseconds is None) != (target.copies is None)
 
 
 def test_launches_are_specialized_as_the_jit_does_it(planted: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import sdkernels
 from sdkernels import reference, registry
+from sdkernels.agreement import evaluate, exact
 from sdkernels.group_norm_plan import is_channels_last
 from tests.sdkernels.test_faults import spoilt  # noqa: F401  # pyright: ignore[reportUnusedImport]  # a fixture
-from tests.sdkernels.test_kernels import DEVICE, check, evaluate, exact, poisoned  # noqa: F401  # pyright: ignore[reportUnusedImport]  # a fixture
+from tests.sdkernels.test_kernels import DEVICE, check, poisoned  # noqa: F401  # pyright: ignore[reportUnusedImport]  # a fixture
 
 SPEC = registry.OPS["group_norm"]
 group_norm = importlib.import_module("sdkernels.group_norm")  # the name in the package is the function
@@ -182,8 +183,8 @@ def test_the_memory_format_is_kept(tile: int) -> None:
 def test_the_usual_formats_are_not_copied() -> None:
     for layout in ("last", "first"):
         x = make((2, 6, 3, 5), 2, layout)["x"]
-        assert group_norm._arranged(x, is_channels_last(x)) is x or (
-            group_norm._arranged(x, is_channels_last(x)).data_ptr() == x.data_ptr()
+        assert group_norm.arranged(x, is_channels_last(x)) is x or (
+            group_norm.arranged(x, is_channels_last(x)).data_ptr() == x.data_ptr()
         )
 
 

@@ -48,6 +48,7 @@ def test_every_option_reaches_the_pipeline(run: Run, fake: type[FakeStableDiffus
         "bfloat16",
         "--backend",
         "eager",
+        "--no-graphs",
         "--preview-every",
         "3",
         "--no-progress",
@@ -78,7 +79,8 @@ def test_every_option_reaches_the_pipeline(run: Run, fake: type[FakeStableDiffus
         "nearest",
     )
     assert (status, err) == (0, "")
-    assert fake.loaded == [("m", {"device": torch.device("cpu"), "dtype": torch.bfloat16, "backend": "eager"})]
+    expected = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "backend": "eager", "graphs": False}
+    assert fake.loaded == [("m", expected)]
     assert fake.calls == [
         {
             "task": "text_to_image",

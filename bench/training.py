@@ -1,24 +1,27 @@
-"""A LoRA training step beside diffusers + peft: ``pytest bench/test_training.py``.
+"""A LoRA training step beside diffusers + peft: ``python -m bench.training``.
 
 On a GPU: a network of SD1's size with random weights, pictures of 512, batch 4, rank 8 on cross-attention, autocast
-over a half UNet with float32 adapters, fused AdamW; eager beside eager, compiled beside compiled. On a CPU: the
-shipped model's network in float32, as a check that the suite works. Both get latents and contexts that are cached
-already. ``--benchmark-json`` keeps the figures for ``bench.report``; *peak MB* is the most memory that a step held.
+over a half UNet with float32 adapters, fused AdamW, in float16 and bfloat16; weights channels-last on both sides.
+``--compiled`` times both compiled instead, in float16. Both get latents and contexts that are cached already. A step
+after which a trained number is not finite is not timed; nor is ours where its gradients are not the definitions'. On
+a CPU: the shipped model's network in float32, as a rehearsal.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.networks import SIZE, time_whole, unet_config
-from bench.timing import DEVICE, GPU, Ceilings
+import sdkernels
+from bench.networks import SIDE, SIZE, compile_whole, distance, time_all, unet_config
+from bench.record import DEVICE, GPU, Clock, Record, parser_of
 from finetune.data.batches import Batch
 from finetune.lora.attach import add_lora
 from finetune.recipe.diffusion_loss import DiffusionLoss, LossConfig
@@ -26,10 +29,14 @@ from sdkit.checkpoints.loading import load
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.stable_diffusion import StableDiffusion
 
-BATCH, SIDE, RANK = (4, 64, 8) if GPU else (2, 16, 8)
+BATCH, RANK = 4 if GPU else 2, 8
 CROSS_ATTENTION = r".*\.attn2\.(to_[qkv]|to_out\.0)"
-COMPILED = torch.float16  # compiling takes minutes, on a CPU many: there it is left out
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32]
+ALIKE = 5e-2  # of gradients in half precision
+MODE = "max-autotune-no-cudagraphs"  # under autograd its own graphs do not hold the optimizer's step
+
+Train = Callable[[], list[nn.Parameter]]
+"""Makes an optimizer step; -> what is trained."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,11 @@ def inputs(width: int) -> tuple[Tensor, Tensor]:
 
 def ours(dtype: torch.dtype, compiled: bool) -> Step:
     """`DiffusionLoss` on our UNet with our adapters."""
+    torch.manual_seed(0)
     sd = StableDiffusion(load("tabletop"))
-    sd.unet = UNet2DConditionModel.from_config(unet_config()).to(DEVICE, dtype)
+    with DEVICE:
+        sd.unet = UNet2DConditionModel.from_config(unet_config())
+    sd.to(DEVICE, dtype)
     trained = add_lora(sd, RANK, RANK)
     for p in trained:
         p.data = p.data.float()
@@ -57,7 +67,7 @@ def ours(dtype: torch.dtype, compiled: bool) -> Step:
     latents, contexts = inputs(sd.unet.config.per_block(sd.unet.config.cross_attention_dim)[0])
     loss = DiffusionLoss(sd.unet.train(), lambda captions: contexts, sd.schedule, LossConfig()).to(DEVICE)
     if compiled:
-        sd.unet.compile()
+        compile_whole(sd.unet, MODE)
 
     def step(n: int) -> Tensor:
         generators = [torch.Generator().manual_seed(n * BATCH + i) for i in range(BATCH)]
@@ -68,11 +78,14 @@ def ours(dtype: torch.dtype, compiled: bool) -> Step:
 
 def theirs(dtype: torch.dtype, compiled: bool) -> Step:
     """diffusers' UNet with peft's adapters, as diffusers' training script for LoRA does it."""
-    diffusers = pytest.importorskip("diffusers")
     from peft import LoraConfig
 
+    diffusers: Any = importlib.import_module("diffusers")  # without its types, which are loose
     config = unet_config()
-    unet = diffusers.UNet2DConditionModel.from_config(config).to(DEVICE, dtype).requires_grad_(False).train()
+    with DEVICE:
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+    layout = torch.channels_last if GPU else torch.contiguous_format
+    unet.to(dtype).to(memory_format=layout).requires_grad_(False).train()
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=CROSS_ATTENTION))
     trained = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:
@@ -81,7 +94,7 @@ def theirs(dtype: torch.dtype, compiled: bool) -> Step:
     latents, contexts = inputs(config["cross_attention_dim"])
     schedule = diffusers.DDPMScheduler.from_config(load("tabletop").scheduler_config)
     if compiled:
-        unet.compile()
+        compile_whole(unet, MODE)
 
     def step(n: int) -> Tensor:
         g = torch.Generator().manual_seed(n)
@@ -95,21 +108,13 @@ def theirs(dtype: torch.dtype, compiled: bool) -> Step:
     return Step(step, trained)
 
 
-IMPLEMENTATIONS: dict[str, tuple[Callable[[torch.dtype, bool], Step], bool]] = {
-    "ours": (ours, False), "diffusers + peft": (theirs, False),
-    "ours compiled": (ours, True), "diffusers + peft compiled": (theirs, True),
-}  # fmt: skip
-
-
-def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
-    """A function whose every call makes an optimizer step."""
-    make, compiled = IMPLEMENTATIONS[name]
-    step = make(dtype, compiled)
+def trainer(step: Step, dtype: torch.dtype) -> Train:
+    """A function whose every call makes an optimizer step, and returns what is trained."""
     optimizer = torch.optim.AdamW(step.trained, 1e-4, fused=True)
     scaler = torch.amp.GradScaler(enabled=dtype == torch.float16)
     count = 0
 
-    def run() -> None:
+    def run() -> list[nn.Parameter]:
         nonlocal count
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             loss = step.loss(count)
@@ -121,25 +126,58 @@ def trainer(name: str, dtype: torch.dtype) -> Callable[[], None]:
         scaler.update()
         optimizer.zero_grad()
         count += 1
+        return step.trained
 
     return run
 
 
-@pytest.mark.usefixtures("fresh_memory")
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, dtype) for name in IMPLEMENTATIONS for dtype in DTYPES if "compiled" not in name or dtype == COMPILED],
-    ids=lambda x: str(x).removeprefix("torch."),
-)
-def test_training(benchmark: Any, limits: Ceilings, name: str, dtype: torch.dtype) -> None:
-    time_whole(
-        benchmark,
-        limits,
-        trainer(name, dtype),
-        name=name,
-        op="LoRA training step",
-        direction="both",
-        case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}",
-        rounds=30 if GPU else 3,
-        images=BATCH,
-    )
+def checked(step: Step, dtype: torch.dtype) -> Step:
+    """Our step, if its gradients are those of the definitions; raises ValueError where they are not."""
+    found: list[Tensor] = []
+    for backend in ("auto", "eager"):
+        with sdkernels.backend(backend), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            grads = torch.autograd.grad(1024 * step.loss(0), step.trained)  # float16 would lose small ones
+        found.append(torch.cat([g.flatten() for g in grads]))
+
+    if not (off := distance(*found)) <= ALIKE:
+        raise ValueError(f"gradients off by {off:.1e}")
+    return step
+
+
+def why_not_finite(trained: list[nn.Parameter]) -> str:
+    return "" if all(bool(p.isfinite().all()) for p in trained) else "a trained number is not finite"
+
+
+def implementations(dtype: torch.dtype, compiled: bool) -> dict[str, Callable[[], Train]]:
+    suffix = " compiled" if compiled else ""
+    return {
+        f"ours{suffix}": lambda: trainer(checked(ours(dtype, compiled), dtype), dtype),
+        f"diffusers + peft{suffix}": lambda: trainer(theirs(dtype, compiled), dtype),
+    }
+
+
+def main() -> int:
+    """Time all; 1 where one is missing."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--compiled", action="store_true", help="both compiled, in float16")
+    arguments = parser.parse_args()
+    clock, record = Clock(arguments.seconds), Record(arguments.out)
+
+    missing = 0
+    for dtype in DTYPES[:1] if arguments.compiled else DTYPES:
+        missing |= time_all(
+            record,
+            clock,
+            implementations(dtype, arguments.compiled),
+            why_not_finite,
+            op="LoRA training step",
+            case=f"{SIZE}, batch {BATCH}, {str(dtype).removeprefix('torch.')}",
+            images=BATCH,
+            rounds=30,
+            direction="both",
+        )
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,6 @@ P pixels and C channels; x [B, P, C] by strides is channels-last where ``channel
     dx = rstd (w dz - mean(w dz) - x' mean(w dz x'))        over a group
 
 The kernels call few functions, for a call takes milliseconds in Triton's interpreter.
-exp2 is one instruction where exp is two; the factor is log2 e.
 """
 
 from __future__ import annotations
@@ -63,12 +62,12 @@ def group_norm_backward_kernel(
     weight = tl.where(in_group, 1.0, 0.0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=in_group, other=0.0).to(tl.float32)
-    added = tl.full([COLUMNS], 0.0, tl.float32)
+    x -= mean
     if add_ptr is not None:
-        added += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
+        x += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
     if shift_ptr is not None:
-        added += tl.load(shift_ptr + column, mask=in_group, other=0.0).to(tl.float32)
-    x = tl.where(inside, (x - mean + added[None, :] - rest) * rstd, 0.0)
+        x += tl.load(shift_ptr + column, mask=in_group, other=0.0).to(tl.float32)[None, :]
+    x = tl.where(inside, (x - rest) * rstd, 0.0)
 
     # Back through SiLU: from the gradient dy to dz. Padding has a dy of 0.
     if SILU:

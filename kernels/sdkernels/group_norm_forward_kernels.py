@@ -2,8 +2,8 @@
 
 P pixels and C channels; x [B, P, C] by strides is channels-last where ``channel_stride`` is 1 and contiguous where
 ``pixel_stride`` is 1. Statistics are a mean and a sum of squared deviations from it (M2) in float32, merged as by Chan,
-Golub and LeVeque (1979). The kernels call few functions, for a call takes milliseconds in Triton's interpreter.
-exp2 is one instruction where exp is two; the factor is log2 e.
+Golub and LeVeque (1979). The kernels call few functions, for a call takes milliseconds in Triton's interpreter. exp(y)
+is exp2(y log2(e)), which takes fewer instructions.
 
 shift [C] and add [B or 1, C] are added to x before the norm. Where ``total_ptr`` is given, the kernel that sees x first
 adds up more, and stores the sum there: x + residual + shift in the first ``split`` channels, skip in the others, and
@@ -113,15 +113,20 @@ def group_norm_forward_kernel(
         tl.store(total_ptr + start + offset, total, mask=inside)
         x = tl.where(inside, total.to(tl.float32) - later[None, :], 0.0)
 
-    # Mean of x + add. It comes off x before add goes on, so that a large mean costs no digits of either.
+    # Mean of x + add + shift. It comes off x before they go on, so that a large mean costs no digits of any.
     mean = tl.sum(x) / (pixels * GROUP)
     added = tl.full([COLUMNS], 0.0, tl.float32)
+    moved = tl.full([COLUMNS], 0.0, tl.float32)
     if add_ptr is not None:
-        added += tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
+        added = tl.load(add_ptr + sample * add_stride + column, mask=in_group, other=0.0).to(tl.float32)
     if shift_ptr is not None and total_ptr is None:
-        added += tl.load(shift_ptr + column, mask=in_group, other=0.0).to(tl.float32)
-    mean += tl.sum(added) / GROUP
-    x = x - mean + added[None, :]
+        moved = tl.load(shift_ptr + column, mask=in_group, other=0.0).to(tl.float32)
+    mean += tl.sum(added + moved) / GROUP
+    x -= mean
+    if add_ptr is not None:
+        x += added[None, :]
+    if shift_ptr is not None and total_ptr is None:
+        x += moved[None, :]
     y = tl.where(inside, x, 0.0)
 
     # Variance. The mean was rounded to float32; the rest that this left in x has a mean of its own, taken off as well.

@@ -32,9 +32,8 @@ def test_tests_are_entered_as_they_end(tmp_path: Path) -> None:
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "-p", "bench.pytest_record"]
-    subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths, "OUT": str(tmp_path)}, capture_output=True
-    )
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    subprocess.run(command, cwd=tmp_path, env=ours | {"PYTHONPATH": paths, "OUT": str(tmp_path)}, capture_output=True)
     record = Record(tmp_path)
     assert sum(row["count"] for row in record.rows("tests passed")) == 30
     failed = {row["name"].rpartition("::")[2]: row for row in record.rows("test")}

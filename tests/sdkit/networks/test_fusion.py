@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdkernels
 from sdkit.networks.attention import BasicTransformerBlock, Transformer2DModel
@@ -103,7 +104,7 @@ def test_adapters_in_the_place_of_layers_add_their_biases_themselves(gradients: 
         assert relative_error(prediction(network, "triton").detach(), expected) < 1e-4
 
 
-class Counts(torch.utils._python_dispatch.TorchDispatchMode):  # pyright: ignore[reportPrivateUsage]  # torch's own way
+class Counts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []

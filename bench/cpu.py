@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sdkit.checkpoints.presets import read_preset
 from sdkit.networks.memory_layout import lay_out
 from sdkit.networks.unet import UNet2DConditionModel
 
+PARTS = ("unet", "picture", "process")
 PROMPT, STEPS = "a large shiny red sphere on a wooden table", 30
 ALIKE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """How far predictions may lie apart, relative to their norm."""
@@ -123,7 +124,7 @@ def process_calls() -> Calls:
     return {"ours": run(OURS), "diffusers": run(given + THEIRS)}
 
 
-def measured(parts: list[str], rounds: int) -> list[dict[str, Any]]:
+def measured(parts: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """A row for each comparison."""
     rows: list[dict[str, Any]] = []
 
@@ -143,15 +144,16 @@ def measured(parts: list[str], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description="Ours beside diffusers on this CPU.")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("unet", "picture", "process"), default=["unet", "picture", "process"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, help="write the figures to this file too")
-    arguments = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    arguments = parser().parse_args()
     rows = measured(arguments.parts, arguments.rounds)
     if arguments.out:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

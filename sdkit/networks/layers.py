@@ -25,9 +25,8 @@ class GroupNorm(nn.GroupNorm):
         self, x: Sum, activation: str | None = None, skip: Tensor | None = None, later: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(norm(sum), sum + later) in one pass, see `sdkernels.group_norm_of_sum`."""
-        return sdkernels.group_norm_of_sum(
-            *(x.x, x.residual, x.shift, skip, self.num_groups, self.weight, self.bias, self.eps, activation, later)
-        )
+        parts, norm = (x.x, x.residual, x.shift, skip), (self.num_groups, self.weight, self.bias, self.eps)
+        return sdkernels.group_norm_of_sum(*parts, *norm, activation, later)
 
 
 class LayerNorm(nn.LayerNorm):

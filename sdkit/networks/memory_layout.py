@@ -29,8 +29,12 @@ def lay_out(network: Any, layout: torch.memory_format | None = None) -> None:
 
 
 def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
-    """Give these, equal but in their first dimension, one piece of memory. They stay parameters of their own."""
-    if joined(parameters, trained=True) is None:
+    """Give these, equal but in their first dimension, one piece of memory. They stay parameters of their own.
+
+    Those of different dtypes or devices stay where they are.
+    """
+    alike = len({(p.dtype, p.device) for p in parameters}) == 1
+    if alike and joined(parameters, trained=True) is None:
         parts = torch.cat([parameter.data for parameter in parameters]).split([len(p) for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part
@@ -49,7 +53,7 @@ def joined(parameters: Sequence[Tensor], trained: bool = False) -> Tensor | None
 
     offset, memory = first.storage_offset(), _memory(first)
     for p in parameters:
-        if p.storage_offset() != offset or _memory(p) != memory or not p.is_contiguous():
+        if _memory(p) != memory or p.storage_offset() != offset or p.dtype != first.dtype or not p.is_contiguous():
             return None
         offset += p.numel()
     rows = sum(len(p) for p in parameters)

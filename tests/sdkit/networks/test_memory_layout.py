@@ -48,6 +48,13 @@ def test_they_are_not_joined_in_another_order_nor_where_a_gradient_is_wanted() -
     assert joined(own) is None
 
 
+def test_different_dtypes_stay_as_they_are() -> None:
+    own = parameters()
+    own[1].data = own[1].data.half()
+    put_side_by_side(own)
+    assert joined(own) is None and own[1].dtype == torch.float16 and own[0].dtype == torch.float32
+
+
 def test_a_network_laid_out_is_the_same(unet: UNet2DConditionModel) -> None:
     plain = copy.deepcopy(unet)
     lay_out(unet, torch.channels_last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sdkit.importing import quick_imports
 from sdkit.version import __version__
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sdkit' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sdkit.{_HOMES[name]}"), name)
+    with quick_imports():
+        return getattr(importlib.import_module(f"sdkit.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

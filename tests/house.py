@@ -18,7 +18,7 @@ HOMES = {"sdkernels": "kernels/sdkernels", "sdkit": "sdkit", "finetune": "finetu
 
 FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sdkit": (
-        ("errors", "version"),
+        ("errors", "importing", "version"),
         ("checks", "devices", "files", "graphs"),
         ("adapter_kinds", "images"),
         ("networks", "sampling"),

@@ -43,23 +43,45 @@ def group_norm(
     """GroupNorm of ``x + shift + add``, then SiLU if ``activation`` is "silu" (Wu and He, arXiv 1803.08494).
 
     x [B, C, ...]; weight, bias and shift [C]; add [B or 1, C], one value per sample and channel. The result has x's
-    memory format. PyTorch's CPU kernel loses digits on channels-last input (it computes E[x^2] - E[x]^2),
-    so the norm is taken of a contiguous copy there.
+    memory format.
     """
     if activation not in (None, "silu"):
         raise ValueError(f'group_norm: activation must be None or "silu", got {activation!r}')
 
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     pixels = (1,) * (x.dim() - 2)
     if shift is not None:
         x = x + shift.to(x.dtype).reshape(-1, *pixels)
     if add is not None:
         x = x + add.reshape(*add.shape, *pixels)
 
+    y = _normed(x, num_groups, weight, bias, eps)
+    return F.silu(y) if activation == "silu" else y
+
+
+SAFE_RATIO = 10
+"""|mean| over deviation up to which E[x^2] - E[x]^2 is as good as bfloat16 can tell. Where float32 has lost the
+difference, the ratio that it finds is over 300."""
+
+
+def _normed(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """PyTorch's GroupNorm, in x's memory format.
+
+    On channels-last input PyTorch's CPU kernel computes the variance as E[x^2] - E[x]^2, which loses digits. So the
+    norm is taken of a contiguous copy, but where half precision needs no more digits: the two copies take longer than
+    the norm.
+    """
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if not channels_last:
+        return F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    if half and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sizes = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups)
+        y, mean, inverse = torch.native_group_norm(x, weight, bias, *sizes, eps)
+        if bool(((mean * inverse).abs() <= SAFE_RATIO).all()):
+            return y
     y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
-    if activation == "silu":
-        y = F.silu(y)
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def group_norm_of_sum(

@@ -24,10 +24,14 @@ from sdkit.graphs import Graphs
 from sdkit.images.depth import depth_channel
 from sdkit.images.masks import feather, sampled, touched
 from sdkit.images.pixels import to_pil
+from sdkit.networks.convolution import packed
 from sdkit.networks.vae import decode_latents, encode_pictures
 from sdkit.sampling.plan import Calls, Plan, make_calls
 from sdkit.viewing.attention_maps import AttentionMaps, AttentionRecorder, Word, prompt_words, record_attention
 from sdkit.viewing.previews import Preview, Previewer
+
+FEWEST_TO_PACK = 4
+"""Network calls that packing the weights (`sdkit.networks.convolution.packed`) costs as much as it saves in."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,11 @@ class Run:
         if self.graphs is not None:
             watched = Watched(self.previewer.every > 0, self.request.settings.callback_on_step_end is not None)
             calls = calls_by_graphs(calls, predict, self.graphs, watched)
-        return make_calls(calls, partial(self.on_step, _levels_after(plan), kept))
+
+        callback = self.request.settings.callback_on_step_end  # which may change weights
+        pays = callback is None and len(plan.timesteps) > FEWEST_TO_PACK
+        with packed(self.request.model.unet) if pays else nullcontext():
+            return make_calls(calls, partial(self.on_step, _levels_after(plan), kept))
 
     def on_step(
         self,

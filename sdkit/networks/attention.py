@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
-from sdkit.networks.fusion import Conv2d, Sum, accumulate, accumulates, pointwise
+from sdkit.networks.convolution import Conv2d
+from sdkit.networks.fusion import Sum, accumulate, accumulates, is_linear, pointwise
 from sdkit.networks.layers import GroupNorm, LayerNorm
 from sdkit.networks.memory_layout import joined
 
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         to_q: nn.Module = self.to_q
         to_out: nn.Module = self.to_out[0]
         # The fused block gives no probabilities, and no room to adapters in the place of the linear layers.
-        if context is not None and self.recorder is None and type(to_q) is nn.Linear and type(to_out) is nn.Linear:
+        if context is not None and self.recorder is None and is_linear(to_q) and is_linear(to_out):
             return sdkernels.cross_attention_block(x, to_q.weight, *context, to_out.weight, to_out.bias)
 
         if context is None:
@@ -67,9 +68,12 @@ class Attention(nn.Module):
         return self._split(self.to_q(x)), *self.key_value(x)
 
     def side_by_side(self) -> list[list[nn.Parameter]]:
-        """For `sdkit.networks.memory_layout`: the weights of a self-attention that read the same tokens."""
+        """For `sdkit.networks.memory_layout`: the weights of a self-attention that read the same tokens.
+
+        None where a hypernetwork stands in for ``key_value``, whose keys and values do not.
+        """
         layers: list[nn.Module] = [self.to_q, self.to_k, self.to_v]
-        plain = not self.is_cross and all(type(layer) is nn.Linear for layer in layers)
+        plain = not self.is_cross and "key_value" not in vars(self) and all(map(is_linear, layers))
         return [[layer.weight for layer in layers]] if plain else []  # type: ignore[misc]
 
     def _split(self, x: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) is nn.Linear and sdkernels.fuses(x):
+        if is_linear(self.proj) and sdkernels.fuses(x):
             return sdkernels.linear_geglu(x, self.proj.weight, self.proj.bias)
         return sdkernels.geglu(self.proj(x))
 

@@ -5,13 +5,14 @@ All of it rests on our kernels: where they do not run (`sdkernels.fuses`), every
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
+from sdkit.networks.convolution import Conv2d
 
 
 class Sum(NamedTuple):
@@ -36,26 +37,33 @@ class Sum(NamedTuple):
         return total if self.shift is None else total + self.shift[:, None, None]
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d that can leave its bias to whoever reads the result."""
-
-    def forward(self, input: Tensor, biased: bool = True) -> Tensor:
-        return self._conv_forward(input, self.weight, self.bias if biased else None)
-
-
 def convolve(conv: nn.Module, x: Tensor) -> Sum:
     """A convolution of x [B, C, H, W]; its bias, which would be a pass of its own on a GPU, is left to the next norm.
 
-    An adapter in the convolution's place adds the bias itself.
+    An adapter in the convolution's place adds the bias itself, and hooks see the whole result.
     """
-    if isinstance(conv, Conv2d) and sdkernels.fuses(x):
+    if isinstance(conv, Conv2d) and not _has_hooks(conv) and sdkernels.fuses(x):
         return Sum(conv(x, biased=False), None, conv.bias)
     return Sum(conv(x))
 
 
+def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether this is a linear layer and nothing else: no adapter in its place, no hooks. Only then may others read its
+    weight instead of calling it."""
+    return type(layer) is nn.Linear and not _has_hooks(layer)
+
+
 def is_pointwise(layer: nn.Module) -> bool:
     """Whether this is a convolution over single pixels and nothing else: a linear layer of their channels."""
-    return isinstance(layer, Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
+    one = isinstance(layer, Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
+    return one and not _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    own = vars(layer)
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
@@ -71,7 +79,7 @@ def accumulates(layer: nn.Module, x: Tensor) -> bool:
 
     Not where a gradient is wanted, whose graph holds the sum as it was, nor for an adapter in the layer's place.
     """
-    plain = (type(layer) is nn.Linear or is_pointwise(layer)) and isinstance(layer.bias, Tensor)
+    plain = (is_linear(layer) or is_pointwise(layer)) and isinstance(layer.bias, Tensor)
     return plain and not torch.is_grad_enabled() and sdkernels.fuses(x)
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
-from sdkit.networks.fusion import Conv2d, Sum, convolve, pointwise
+from sdkit.networks.convolution import Conv2d
+from sdkit.networks.fusion import Sum, convolve, pointwise
 
 
 class GroupNorm(nn.GroupNorm):

@@ -1,7 +1,7 @@
 """How a network's parameters lie in memory: as they compute fastest. Values and state dicts do not change.
 
-Convolutions' weights are channels-last, and the weights of layers that read the same input lie side by side, so that
-one product computes them all.
+Convolutions' weights are channels-last where that is faster, and weights of layers that read the same input lie side by
+side, so that one product computes them all.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ def lay_out(network: Any, layout: torch.memory_format | None = None) -> None:
     """
     layout = layout or fast_layout(network.device, network.dtype)
     network.to(memory_format=layout)
-    if layout == torch.channels_last:
-        for module in network.modules():
-            for parameters in module.side_by_side() if hasattr(module, "side_by_side") else ():
-                put_side_by_side(parameters)
+    for module in network.modules():
+        for parameters in module.side_by_side() if hasattr(module, "side_by_side") else ():
+            put_side_by_side(parameters)
 
 
 def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:

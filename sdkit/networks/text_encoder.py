@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.importing import quick_imports
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -27,7 +28,8 @@ def build_text_encoder(config: Mapping[str, Any]) -> CLIPTextModel:
     Built under ``torch.device("meta")`` it costs no memory, and ``load_text_state`` gives it its weights.
     Raises ConfigError for another kind of model, or values that describe no network.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
+    with quick_imports():
+        from transformers import CLIPTextConfig, CLIPTextModel
 
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sdkit.errors import ConfigError
 from sdkit.networks.attention import KeyValue, Transformer2DModel
 from sdkit.networks.config import UNetConfig
-from sdkit.networks.fusion import Conv2d, Sum, convolve
+from sdkit.networks.convolution import Conv2d
+from sdkit.networks.fusion import Sum, convolve, is_linear
 from sdkit.networks.layers import (
     Downsample2D,
     GroupNorm,
@@ -195,7 +196,7 @@ class UNet2DConditionModel(nn.Module):
     def side_by_side(self) -> list[list[nn.Parameter]]:
         """For `sdkit.networks.memory_layout`: the weights and the biases of all time projections."""
         layers = [resnet.time_emb_proj for resnet in self._resnets()]
-        plain = all(type(layer) is nn.Linear for layer in layers)
+        plain = all(map(is_linear, layers))
         return [[layer.weight for layer in layers], [layer.bias for layer in layers]] if plain else []
 
     def context_kv(self, encoder_hidden_states: Tensor) -> ContextKeyValues:

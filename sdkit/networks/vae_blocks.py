@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 import sdkernels
 from sdkit.networks.config import VAEConfig
-from sdkit.networks.fusion import Conv2d, Sum, convolve
+from sdkit.networks.convolution import Conv2d
+from sdkit.networks.fusion import Sum, convolve
 from sdkit.networks.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit.errors import CheckpointError, ConfigError, one_line
 from sdkit.files import write_text
+from sdkit.importing import quick_imports
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -52,10 +53,11 @@ def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
         if missing:
             raise CheckpointError(f"{folder}: no tokenizer here, missing {' and '.join(missing)} (or tokenizer.json)")
 
-    import transformers
+    with quick_imports():
+        import transformers
 
-    # Before transformers 5, CLIPTokenizer was another, slower class that read no tokenizer.json.
-    kind: Any = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
+        # Before transformers 5, CLIPTokenizer was another, slower class that read no tokenizer.json.
+        kind: Any = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
 
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)

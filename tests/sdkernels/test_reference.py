@@ -76,6 +76,22 @@ def test_group_norm_of_channels_last_is_as_accurate_as_of_contiguous(mean: float
     assert error(last) <= 2 * error(x) + torch.finfo(torch.float32).eps
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mean", [0.0, 3.0, 9.0, 40.0, 300.0, 10_000.0])
+def test_group_norm_of_half_precision_loses_nothing_to_its_layout(mean: float, dtype: torch.dtype):
+    """PyTorch's kernel for channels-last does from a mean of some 100 deviations on; it is used below that."""
+    x, weight, bias = draw("x", (2, 64, 33, 31)) + mean, draw("weight", (64,)), draw("bias", (64,))
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    expected = reference.group_norm(x.double(), 8, weight.double(), bias.double())
+    first, last = (
+        reference.group_norm(x.to(memory_format=layout), 8, weight, bias)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(last.double(), expected) < 1.1 * relative_error(first.double(), expected) + 1e-5
+
+
 def test_group_norm_keeps_the_memory_format():
     x = draw("x", (2, 8, 3, 5))
     last = x.to(memory_format=torch.channels_last)

@@ -2,12 +2,14 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sdkit.networks.attention import Attention, FeedForward
 from sdkit.networks.memory_layout import joined, lay_out, put_side_by_side
 from sdkit.networks.unet import UNet2DConditionModel
 from sdkit.stable_diffusion import StableDiffusion
@@ -89,14 +91,40 @@ def test_files_do_not_know_of_it(unet: UNet2DConditionModel, tmp_path: Path) -> 
     assert (tmp_path / "ours.safetensors").stat().st_size == (tmp_path / "plain.safetensors").stat().st_size
 
 
-def test_models_are_laid_out_where_it_is_faster(tmp_path: Path) -> None:
+def test_models_are_laid_out_as_they_load_and_when_they_are_cast(tmp_path: Path) -> None:
     sd = StableDiffusion.from_pretrained("tabletop", device="cpu")
-    group = sd.unet.side_by_side()[0]
-    assert joined(group, trained=True) is None  # float32 on a CPU
+    group, conv = sd.unet.side_by_side()[0], sd.unet.down_blocks[0].resnets[0].conv1.weight  # type: ignore[index, union-attr]
+    assert joined(group, trained=True) is not None and conv.is_contiguous()
     before = {name: t.bfloat16() for name, t in sd.unet.state_dict().items()}
     sd.to(torch.bfloat16)
-    assert joined(group, trained=True) is not None
+    assert joined(group, trained=True) is not None and conv.is_contiguous(memory_format=torch.channels_last)
 
     sd.save_pretrained(tmp_path)
     again = StableDiffusion.from_pretrained(tmp_path, device="cpu", dtype=torch.bfloat16)
     assert all(torch.equal(again.unet.state_dict()[name], t) for name, t in before.items())
+
+
+@torch.no_grad()
+def test_what_stands_in_a_layers_place_or_hooks_onto_it_is_not_passed_over(unet: UNet2DConditionModel) -> None:
+    x, text = draw("x", (1, 4, 6, 8)).float(), draw("text", (1, 7, 24)).float()
+    plain = unet(x, 7, text)
+    lay_out(unet, torch.channels_last)
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    own = next(attention for attention in attentions if not attention.is_cross)
+
+    given = own.key_value
+    own.key_value = lambda context: given(2 * context)  # type: ignore[method-assign]  # as a hypernetwork does
+    assert relative_error(unet(x, 7, text), plain) > 1e-4
+    del own.key_value
+
+    resnet: Any = unet.down_blocks[0].resnets[0]  # type: ignore[index, union-attr]
+    feed_forward: Any = next(module for module in unet.modules() if isinstance(module, FeedForward))
+    layers = [own.to_q, own.to_out[0], resnet.time_emb_proj, feed_forward.net[0].proj, feed_forward.net[2]]
+    for layer in [*layers, *(attention.to_q for attention in attentions)]:
+        for add in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            called: list[nn.Module] = []
+            handle = add(lambda module, *_, called=called: called.append(module))
+            unet(x, 7, text)
+            handle.remove()
+            assert called == [layer]
+    assert relative_error(unet(x, 7, text), plain) < 1e-6

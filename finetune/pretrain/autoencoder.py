@@ -1,8 +1,9 @@
-"""Train the VAE of the shipped model on tabletop pictures: ``python -m finetune.pretrain.autoencoder``.
+"""Train a VAE from nothing, on tabletop pictures or your own: ``python -m finetune.pretrain.autoencoder``.
 
-Loss: mean squared error + 0.1 mean absolute error + a small KL term, on samples of the posterior. Then the encoder is
-frozen and the decoder goes on alone, on the posterior's mean, which is what the noise predictor learns to make. The
-scaling factor gives latents of the training pictures a standard deviation of 1.
+Loss: mean squared error + 0.1 mean absolute error + a small KL term, on samples of the posterior, and the perceptual
+and adversarial terms of `finetune.vae_decoder.loss` for who wants them. Then the encoder is frozen and the decoder goes
+on alone, on the posterior's mean, which is what the noise predictor learns to make. The scaling factor gives latents of
+the training pictures a standard deviation of 1.
 """
 
 from __future__ import annotations
@@ -10,136 +11,222 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from finetune.data.buckets import prepare
+from finetune.data.folders import Rules, read_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.pictures import SIZE, Pictures, to_bytes, training_pictures
+from finetune.pretrain.world.pictures import SIZE, from_bytes, to_bytes, training_pictures
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import sample_scenes
 from finetune.seeds import step_generator
+from finetune.vae_decoder.loss import DecoderLoss, DecoderLossConfig
 from finetune.vae_decoder.metrics import psnr
 from sdkit.checkpoints import loading
-from sdkit.images.pixels import to_pil
+from sdkit.errors import ConfigError
+from sdkit.images.pixels import open_image, to_pil
 from sdkit.images.sheet import contact_sheet
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae import AutoencoderKL
 
-CONFIG = VAEConfig(
-    block_out_channels=(32, 64, 96),
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    norm_num_groups=16,
-    sample_size=SIZE,
-)
-BATCH = 16
+WIDTHS = (32, 64, 96, 128)
+"""Channels of the levels, each half the size of the one before: three of them for f = 4, all for f = 8."""
 KL_WEIGHT = 1e-6
 WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
 TEST_SEED = 1_000_001
+SCENES = 32_000
+FEWEST = 20  # pictures of a folder
+UNSEEN = 256  # pictures that are measured and never trained on; of a folder, at most a tenth
 
-Batch = tuple[Tensor, torch.Generator]
-"""Pictures [B, 3, H, W] in [-1, 1], and the generator for all else that the step draws."""
+
+def config(factor: int = 4, size: int = SIZE) -> VAEConfig:
+    """A small VAE whose latents are ``factor`` times smaller than its pictures of ``size`` pixels."""
+    levels = factor.bit_length()
+    return VAEConfig(
+        block_out_channels=WIDTHS[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=16,
+        sample_size=size,
+    )
 
 
-class ReconstructionLoss(nn.Module):
+# Pictures
+
+
+class Data(NamedTuple):
+    """Pictures uint8 [N, 3, S, S], and unseen ones [M, 3, S, S] in [-1, 1]."""
+
+    images: Tensor
+    unseen: Tensor
+
+
+def tabletop(work: Path, scenes: int, size: int) -> Data:
+    """Renders of the tabletop world, kept in ``work``."""
+    return Data(training_pictures(work, scenes, scenes // 2, size).images, unseen_renders(size))
+
+
+def unseen_renders(size: int = SIZE, count: int = UNSEEN) -> Tensor:
+    """Renders of fresh scenes, [count, 3, size, size] in [-1, 1], with the pairs of colour and shape that no training
+    shows."""
+    scenes = [sample_scenes(64, TEST_SEED + part, held_out="include") for part in range(0, count, 64)]
+    return torch.cat([render(part, size).images * 2 - 1 for part in scenes])
+
+
+def image_folder(folder: Path, size: int) -> Data:
+    """Pictures of a folder, scaled to cover the square and cut in the middle; every tenth is held back, at most UNSEEN.
+
+    Raises ConfigError for fewer than 20, or what cannot be read.
+    """
+    reading = read_folder(folder, Rules(captioned=False))
+    if reading.problems:
+        raise ConfigError("; ".join(reading.problems[:3]))
+    if len(reading.pictures) < FEWEST:
+        raise ConfigError(f"{folder}: expected at least {FEWEST} pictures, found {len(reading.pictures)}")
+
+    images: list[Tensor] = []
+    unseen: list[Tensor] = []
+    for i, picture in enumerate(reading.pictures):
+        square = prepare(open_image(picture.path), (size, size), None, False, picture.digest)
+        if i % 10 == 0 and len(unseen) < UNSEEN:
+            unseen.append(square)
+        else:
+            images.append(to_bytes(square / 2 + 0.5))
+    return Data(torch.cat(images), torch.cat(unseen))
+
+
+# Training
+
+
+class Batch(NamedTuple):
+    """Pictures [B, 3, H, W] in [-1, 1], the generator for all else that the step draws, and its number."""
+
+    pixels: Tensor
+    noise: torch.Generator
+    step: int
+
+
+class ReconstructionLoss(DecoderLoss):
     """forward(batch) -> the loss of the whole VAE."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
+    def __init__(self, vae: AutoencoderKL, terms: DecoderLossConfig) -> None:
+        super().__init__(vae, terms)
+        vae.requires_grad_(True)
 
-    def forward(self, batch: Batch) -> Tensor:
-        x, noise = batch
+    def forward(self, batch: Batch) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # pictures alone
         with autocast():
-            posterior = self.vae.encode(x)
+            posterior = self.vae.encode(batch.pixels)
             posterior = replace(posterior, mean=posterior.mean.float(), logvar=posterior.logvar.float())
-            reconstruction = self.vae.decode(posterior.sample(noise)).float()
-        return pixel_loss(reconstruction, x) + KL_WEIGHT * posterior.kl().mean()
+            reconstruction = self.vae.decode(posterior.sample(batch.noise)).float()
+        return self.compare(reconstruction, batch.pixels, batch.step) + KL_WEIGHT * posterior.kl().mean()
+
+    def pixel_error(self, difference: Tensor) -> Tensor:
+        return squared_and_absolute(difference)
 
 
-class MeanReconstructionLoss(nn.Module):
+class MeanReconstructionLoss(DecoderLoss):
     """forward(batch) -> the loss of the decoder on the posterior's mean; all the rest of the VAE is frozen."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae.requires_grad_(False)
-        vae.decoder.requires_grad_(True)
-        if vae.post_quant_conv is not None:
-            vae.post_quant_conv.requires_grad_(True)
-
-    def forward(self, batch: Batch) -> Tensor:
-        x, _ = batch
+    def forward(self, batch: Batch) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # pictures alone
         with autocast():
-            reconstruction = self.vae.decode(self.vae.encode(x).mode().float()).float()
-        return pixel_loss(reconstruction, x)
+            with torch.no_grad():
+                mean = self.vae.encode(batch.pixels).mode().float()
+            reconstruction = self.vae.decode(mean).float()
+        return self.compare(reconstruction, batch.pixels, batch.step)
+
+    def pixel_error(self, difference: Tensor) -> Tensor:
+        return squared_and_absolute(difference)
 
 
-def pixel_loss(reconstruction: Tensor, x: Tensor) -> Tensor:
-    """Mean squared error + 0.1 mean absolute error."""
-    return (reconstruction - x).square().mean() + 0.1 * (reconstruction - x).abs().mean()
+def squared_and_absolute(difference: Tensor) -> Tensor:
+    """The square + 0.1 of the absolute value."""
+    return difference.square() + 0.1 * difference.abs()
 
 
-def draw_batches(pictures: Pictures, run: int) -> Callable[[int], Batch]:
-    """A function from a step of the run with this number to its batch."""
+def draw_batches(images: Tensor, size: int, run: int) -> Callable[[int], Batch]:
+    """A function from a step of the run with this number to its batch of ``size``."""
 
     def batch(step: int) -> Batch:
         rng = step_generator(run, step)
-        return pictures.pixels(torch.randint(len(pictures), (BATCH,), generator=rng)), rng
+        return Batch(from_bytes(images[torch.randint(len(images), (size,), generator=rng)]), rng, step)
 
     return batch
 
 
 @torch.no_grad()
-def scaling_factor(vae: AutoencoderKL, pictures: Pictures) -> float:
+def scaling_factor(vae: AutoencoderKL, images: Tensor) -> float:
     """1 / standard deviation of the posterior's means over some of the training pictures."""
-    index = torch.randperm(len(pictures), generator=step_generator(TEST_SEED, 0))[:1024]
-    return 1 / torch.cat([vae.encode(pictures.pixels(part)).mode() for part in index.split(64)]).std().item()
+    index = torch.randperm(len(images), generator=step_generator(TEST_SEED, 0))[:1024]
+    return 1 / torch.cat([vae.encode(from_bytes(images[part])).mode() for part in index.split(64)]).std().item()
 
 
 @torch.no_grad()
-def unseen_psnr(vae: AutoencoderKL, count: int = 256) -> float:
-    """Mean PSNR in dB over fresh renders, each clamped to [-1, 1] as a picture is."""
-    values: list[Tensor] = []
-    for part in range(0, count, 64):
-        x = render(sample_scenes(64, TEST_SEED + part, held_out="include"), SIZE).images * 2 - 1
-        values.append(psnr(x, vae(x).clamp(-1, 1)))
-    return torch.cat(values).mean().item()
+def mean_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """Mean PSNR in dB over pictures [N, 3, H, W], each clamped to [-1, 1] as a picture is."""
+    return torch.cat([psnr(x, vae(x).clamp(-1, 1)) for x in pictures.split(32)]).mean().item()
 
 
 @torch.no_grad()
-def sample_sheet(vae: AutoencoderKL) -> Image.Image:
-    """Two rows of fresh renders, and below them what the VAE makes of them."""
-    x = render(sample_scenes(16, TEST_SEED), SIZE).images
-    both = torch.cat([to_bytes(x).float() / 127.5 - 1, vae(x * 2 - 1).clamp(-1, 1)])
-    return contact_sheet(to_pil(both), columns=8)
+def sample_sheet(vae: AutoencoderKL, pictures: Tensor) -> Image.Image:
+    """Two rows of pictures, and below them what the VAE makes of them."""
+    x = pictures[:16]
+    return contact_sheet(to_pil(torch.cat([x, vae(x).clamp(-1, 1)])), columns=8)
 
 
 def main(
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
-    steps: Annotated[int, typer.Option(help="Training steps of 16 pictures, the whole VAE.", min=1)] = 4200,
+    data: Annotated[Path | None, typer.Option(help="A folder of pictures, instead of tabletop renders.")] = None,
+    scenes: Annotated[
+        int, typer.Option(help="Tabletop scenes to render; half as many siblings more.", min=64)
+    ] = SCENES,
+    size: Annotated[int, typer.Option(help="Width and height of the pictures.", min=16)] = SIZE,
+    factor: Annotated[int, typer.Option(help="How much smaller latents are: 4 or 8.")] = 4,
+    steps: Annotated[int, typer.Option(help="Training steps of the whole VAE.", min=1)] = 4200,
     decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.", min=1)] = 1500,
+    batch_size: Annotated[int, typer.Option(help="Pictures a step.", min=1)] = 16,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; the decoder alone: half.")] = 2e-3,
+    perceptual_weight: Annotated[float, typer.Option(help="Of 1 - multi-scale SSIM; 0: none.", min=0)] = 0.0,
+    discriminator_weight: Annotated[float, typer.Option(help="Of the adversarial term; 0: none.", min=0)] = 0.0,
+    discriminator_start: Annotated[int, typer.Option(help="The step from which it counts.", min=0)] = 0,
 ) -> None:
     """Train the VAE; a killed run goes on where it stopped."""
-    torch.manual_seed(0)
-    pictures, vae = training_pictures(work), AutoencoderKL(CONFIG)
+    if factor not in (4, 8) or size % factor:
+        raise typer.BadParameter(f"--factor: expected 4 or 8, which divides --size, found {factor} and {size}")
+    if data is not None and scenes != SCENES:
+        raise typer.BadParameter("--scenes: does nothing with --data")
+    terms = DecoderLossConfig(
+        perceptual_weight=perceptual_weight,
+        discriminator_weight=discriminator_weight,
+        discriminator_start=discriminator_start,
+    )
 
+    torch.manual_seed(0)
+    pictures = tabletop(work, scenes, size) if data is None else image_folder(data, size)
+    vae = AutoencoderKL(config(factor, size))
+
+    def validate() -> Image.Image:
+        return sample_sheet(vae, pictures.unseen)
+
+    # The discriminator's gradients would scale down the VAE's, were they cut to one norm together.
     recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100)
-    batches = draw_batches(pictures, WHOLE_RUN)
-    train_on_the_cpu(ReconstructionLoss(vae), batches, recipe, work / "vae", validate=lambda: sample_sheet(vae))
+    recipe = replace(recipe, max_grad_norm=0.0) if discriminator_weight else recipe
+    batches = draw_batches(pictures.images, batch_size, WHOLE_RUN)
+    train_on_the_cpu(ReconstructionLoss(vae, terms), batches, recipe, work / "vae", validate=validate)
 
     recipe = replace(recipe, max_train_steps=decoder_steps, learning_rate=learning_rate / 2)
-    batches, loss = draw_batches(pictures, DECODER_RUN), MeanReconstructionLoss(vae)
-    train_on_the_cpu(loss, batches, recipe, work / "vae-decoder", validate=lambda: sample_sheet(vae))
+    batches = draw_batches(pictures.images, batch_size, DECODER_RUN)
+    train_on_the_cpu(MeanReconstructionLoss(vae, terms), batches, recipe, work / "vae-decoder", validate=validate)
 
     vae.eval()
-    vae.config = replace(vae.config, scaling_factor=scaling_factor(vae, pictures))
+    vae.config = replace(vae.config, scaling_factor=scaling_factor(vae, pictures.images))
     loading.save(vae, work / "vae", dtype=torch.float16)
-    print(f"PSNR of unseen renders {unseen_psnr(vae):.2f} dB, scaling factor {vae.config.scaling_factor:.4f}")
+    found = mean_psnr(vae, pictures.unseen)
+    print(f"PSNR of {len(pictures.unseen)} unseen pictures {found:.2f} dB, scaling {vae.config.scaling_factor:.4f}")
 
 
 if __name__ == "__main__":

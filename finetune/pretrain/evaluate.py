@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.pretrain.autoencoder import unseen_psnr
+from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import build, retrieval
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
 from finetune.pretrain.world.captions import WORDS, captions, pair_prompt
@@ -217,7 +217,7 @@ def main(
 
     clip, tokenizer = reconstruct_clip(model)
     once = {
-        "VAE: PSNR of unseen renders, dB": unseen_psnr(sd.vae),
+        "VAE: PSNR of unseen renders, dB": mean_psnr(sd.vae, unseen_renders()),
         "CLIP: caption retrieval among 64 distinct scenes, per cent": 100 * retrieval(clip, tokenizer),
     } | {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
     text = table(runs, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())

@@ -122,16 +122,20 @@ class DecoderLoss(nn.Module):
         pixels = batch.pixels.to(self.vae.device, non_blocking=True)
         latents = batch.latents.to(self.vae.device, non_blocking=True)
         made = self.vae.decode(latents / self.vae.config.scaling_factor)
+        return self.compare(made, pixels, batch.step, batch.weights)
+
+    def compare(self, made: Tensor, pixels: Tensor, step: int, weights: Tensor | None = None) -> Tensor:
+        """The loss of pictures that were made, all of it behind the decoder."""
         with torch.autocast(pixels.device.type, enabled=False):  # errors are small numbers
             made = made.float()
-            weights = made.new_ones(len(made)) if batch.weights is None else batch.weights.to(made)
+            weights = made.new_ones(len(made)) if weights is None else weights.to(made)
             value = self.reconstruction(made, pixels, weights)
 
         if self.discriminator is None:
             return value
 
         total = value + _gradient_only(discriminator_loss(self.discriminator, pixels, made, weights))
-        if batch.step >= self.config.discriminator_start:
+        if step >= self.config.discriminator_start:
             adversarial = generator_loss(self.discriminator, made, weights)
             total = total + _gradient_only(self.adaptive_weight(value, adversarial) * adversarial)
 
@@ -139,12 +143,15 @@ class DecoderLoss(nn.Module):
 
     def reconstruction(self, made: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
         """The loss without a discriminator."""
-        difference = made - pixels
-        error = _mean(difference.square() if self.config.reconstruction == "mse" else difference.abs(), weights)
+        error = _mean(self.pixel_error(made - pixels), weights)
         if not self.config.perceptual_weight:
             return error
         distance = 1 - ms_ssim(made, pixels) if self.lpips is None else self.lpips(made, pixels)
         return error + self.config.perceptual_weight * _mean(distance, weights)
+
+    def pixel_error(self, difference: Tensor) -> Tensor:
+        """The error of each value from its ``difference``."""
+        return difference.square() if self.config.reconstruction == "mse" else difference.abs()
 
     def adaptive_weight(self, value: Tensor, adversarial: Tensor) -> Tensor:
         """The weight at which both losses have gradients of one norm at the last layer (VQGAN, equation 7), times

@@ -25,7 +25,7 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Pictures:
-    """images uint8 [N, 3, SIZE, SIZE]; scenes, N of them; ``pairs`` of the scenes have siblings (at the end)."""
+    """images uint8 [N, 3, S, S]; scenes, N of them; ``pairs`` of the scenes have siblings (at the end)."""
 
     images: Tensor
     scenes: Scenes
@@ -35,25 +35,25 @@ class Pictures:
         return len(self.images)
 
     def pixels(self, index: Tensor) -> Tensor:
-        """Pictures in [-1, 1]: float32 [len(index), 3, SIZE, SIZE]."""
-        return self.images[index].float() / 127.5 - 1
+        """Pictures in [-1, 1]: float32 [len(index), 3, S, S]."""
+        return from_bytes(self.images[index])
 
 
-def training_pictures(folder: Path, scenes: int = 32_000, pairs: int = 16_000) -> Pictures:
+def training_pictures(folder: Path, scenes: int = 32_000, pairs: int = 16_000, size: int = SIZE) -> Pictures:
     """The training set; held-out pairs of colour and shape are not in it. Rendered on the first call."""
     base = sample_scenes(scenes, TRAINING_SEED, held_out="exclude")
     both = Scenes.cat([base, siblings(base[torch.arange(pairs)], TRAINING_SEED)])
 
-    name = f"pictures-{scenes}-{pairs}-{SIZE}"
+    name = f"pictures-{scenes}-{pairs}-{size}"
     file, progress = folder / f"{name}.u8", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     done = json.loads(progress.read_text()) if progress.exists() and file.exists() else 0
-    shape = (len(both), 3, SIZE, SIZE)
-    images = torch.from_file(str(file), shared=True, size=len(both) * 3 * SIZE * SIZE, dtype=torch.uint8).view(shape)
+    shape = (len(both), 3, size, size)
+    images = torch.from_file(str(file), shared=True, size=len(both) * 3 * size * size, dtype=torch.uint8).view(shape)
 
     for start in tqdm(range(done, len(both), CHUNK), desc="render", disable=done >= len(both), mininterval=5.0):
         index = torch.arange(start, min(start + CHUNK, len(both)))
-        images[index] = to_bytes(render(both[index], SIZE, chunk=CHUNK).images)
+        images[index] = to_bytes(render(both[index], size, chunk=CHUNK).images)
         write_text(progress, json.dumps(start + CHUNK))
 
     return Pictures(images, both, pairs)
@@ -62,3 +62,8 @@ def training_pictures(folder: Path, scenes: int = 32_000, pairs: int = 16_000) -
 def to_bytes(images: Tensor) -> Tensor:
     """[0, 1] floats to 0 .. 255, rounded."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """0 .. 255 to [-1, 1] floats."""
+    return images.float() / 127.5 - 1

@@ -1,60 +1,151 @@
-"""The losses of the VAE: what they train, and how its pictures are measured."""
+"""Training a VAE from nothing: what each loss trains, its terms, the pictures, and how they are measured."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from finetune.pretrain.autoencoder import (
-    CONFIG,
     WHOLE_RUN,
+    Batch,
     MeanReconstructionLoss,
     ReconstructionLoss,
+    config,
     draw_batches,
+    image_folder,
+    mean_psnr,
     sample_sheet,
-    unseen_psnr,
+    unseen_renders,
 )
-from finetune.pretrain.world.pictures import Pictures
-from finetune.pretrain.world.scenes import sample_scenes
 from finetune.seeds import step_generator
+from finetune.vae_decoder.loss import DecoderLossConfig
+from sdkit.checkpoints import loading
+from sdkit.errors import ConfigError
 from sdkit.networks.vae import AutoencoderKL
+from tests.house import ROOT
 
-PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+PICTURES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+PLAIN = DecoderLossConfig(perceptual_weight=0)
+ALL_TERMS = DecoderLossConfig(perceptual_weight=0.5, discriminator_weight=0.5, discriminator_channels=4)
+
+STILL = ("to_k.bias", "discriminator.layers.11.bias")
+"""Their gradients are 0 up to rounding: of the keys' biases always, of the last one while no patch is told for sure."""
+
+
+def batch(step: int = 0) -> Batch:
+    return Batch(PICTURES, step_generator(0, step), step)
 
 
 def trained(loss: nn.Module) -> set[str]:
-    """The parameters that a step changes; all biases of keys, whose gradients are 0 up to rounding, are left out."""
-    loss((PICTURES, step_generator(0, 0))).backward()
+    """The parameters that a step changes."""
+    loss(batch()).backward()
     moved = {name for name, p in loss.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    return {name for name in moved if "to_k.bias" not in name}
+    return {name for name in moved if not name.endswith(STILL)}
 
 
-def test_the_autoencoders_loss_reaches_every_parameter() -> None:
+@pytest.mark.parametrize("factor", [4, 8])
+def test_latents_are_as_much_smaller_as_said(factor: int) -> None:
+    vae = AutoencoderKL(config(factor, 32))
+    assert vae.encode(PICTURES).mode().shape == (2, 4, 32 // factor, 32 // factor) and vae.config.factor == factor
+
+
+@pytest.mark.parametrize("terms", [PLAIN, ALL_TERMS])
+def test_the_autoencoders_loss_reaches_every_parameter(terms: DecoderLossConfig) -> None:
     torch.manual_seed(0)
-    loss = ReconstructionLoss(AutoencoderKL(CONFIG))
-    assert trained(loss) == {name for name, _ in loss.named_parameters() if "to_k.bias" not in name}
+    loss = ReconstructionLoss(AutoencoderKL(config()), terms)
+    names = {name for name, _ in loss.named_parameters()}
+    assert trained(loss) == {name for name in names if not name.endswith(STILL)}
+    assert any(name.startswith("discriminator.") for name in names) == (terms is ALL_TERMS)
 
 
 def test_the_decoders_loss_reaches_all_behind_the_latents_alone() -> None:
     torch.manual_seed(0)
-    loss = MeanReconstructionLoss(AutoencoderKL(CONFIG))
+    loss = MeanReconstructionLoss(AutoencoderKL(config()), PLAIN)
     behind = {name for name, _ in loss.named_parameters() if name.startswith(("vae.decoder.", "vae.post_quant_conv."))}
-    assert trained(loss) == {name for name in behind if "to_k.bias" not in name}
+    assert trained(loss) == {name for name in behind if not name.endswith(STILL)}
     assert {name for name, p in loss.named_parameters() if p.requires_grad} == behind
+
+
+@torch.no_grad()
+def test_the_error_is_squared_and_a_tenth_absolute_and_the_perceptual_term_is_added() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(config())
+    difference = vae(PICTURES) - PICTURES
+    expected = float(difference.square().mean() + 0.1 * difference.abs().mean())
+    plain = float(MeanReconstructionLoss(vae, PLAIN)(batch()))
+    assert plain == pytest.approx(expected, rel=2e-2)  # bfloat16, where the processor has it
+
+    more = float(MeanReconstructionLoss(vae, DecoderLossConfig(perceptual_weight=0.5))(batch()))
+    assert plain + 0.1 < more < plain + 0.6  # half of 1 - SSIM, of pictures that have nothing in common
 
 
 def test_a_step_has_its_own_pictures_and_noise() -> None:
     images = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    batch = draw_batches(Pictures(images, sample_scenes(40, 0), 0), WHOLE_RUN)
-    (x, rng), (again, same_rng), (other, _) = batch(3), batch(3), batch(4)
+    draw = draw_batches(images, 16, WHOLE_RUN)
+    (x, rng, _), (again, same_rng, _), (other, _, step) = draw(3), draw(3), draw(4)
     assert torch.equal(x, again) and not torch.equal(x, other) and x.min() >= -1 and x.max() <= 1
-    assert torch.equal(torch.randn(3, generator=rng), torch.randn(3, generator=same_rng))
+    assert torch.equal(torch.randn(3, generator=rng), torch.randn(3, generator=same_rng)) and (len(x), step) == (16, 4)
 
 
 def test_unseen_pictures_are_measured_in_decibels() -> None:
     """An error of 0.02 everywhere, of a range of 2, is 40 dB."""
-    assert unseen_psnr(lambda x: x - 0.02, 64) == pytest.approx(40.0, abs=0.05)
+    assert mean_psnr(lambda x: x - 0.02, unseen_renders(count=64)) == pytest.approx(40.0, abs=0.05)
 
 
-def test_a_sheet_shows_renders_above_what_the_vae_makes_of_them() -> None:
-    width, height = sample_sheet(lambda x: x).size
+def test_a_sheet_shows_pictures_above_what_the_vae_makes_of_them() -> None:
+    width, height = sample_sheet(lambda x: x, unseen_renders(count=64)).size
     assert width > 8 * 64 and height > 4 * 64
+
+
+def folder_of(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (40 + i, 32), (5 * i, 100, 255 - 5 * i)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_pictures_of_a_folder_are_cut_square_and_a_tenth_is_held_back(tmp_path: Path) -> None:
+    data = image_folder(folder_of(tmp_path / "own", 31), 16)
+    assert data.images.shape == (27, 3, 16, 16) and data.images.dtype == torch.uint8
+    assert data.unseen.shape == (4, 3, 16, 16)
+    reds = ((data.unseen[:, 0].mean((1, 2)) / 2 + 0.5) * 255).round().tolist()
+    assert reds == [0, 50, 100, 150]  # every tenth
+    assert not {*reds} & {*data.images[:, 0, 0, 0].tolist()}
+
+    with pytest.raises(ConfigError, match="expected at least 20 pictures, found 3"):
+        image_folder(folder_of(tmp_path / "few", 3), 16)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "finetune.pretrain.autoencoder", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_trains_on_a_folder_with_every_term(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "own", 24)
+    options = ["--size", 32, "--factor", 8, "--steps", 2, "--decoder-steps", 1, "--batch-size", 2]
+    terms = ["--perceptual-weight", 0.1, "--discriminator-weight", 0.1, "--discriminator-start", 1]
+    done = run("--data", folder, "--work", tmp_path / "work", *options, *terms)
+    assert done.returncode == 0, done.stderr
+    assert "PSNR of 3 unseen pictures" in done.stdout
+    vae = loading.load_vae(tmp_path / "work" / "vae")
+    assert vae.config.factor == 8 and vae.config.sample_size == 32 and vae.config.scaling_factor != 0.18215
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--factor", 6], "--factor: expected 4 or 8"),
+        (["--size", 60, "--factor", 8], "--factor: expected 4 or 8, which divides --size"),
+        (["--data", "somewhere", "--scenes", 64], "--scenes: does nothing with --data"),
+        (["--discriminator-start", 5], "discriminator_start: does nothing without discriminator_weight"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: list[object], message: str, tmp_path: Path) -> None:
+    done = run("--work", tmp_path, *options)
+    assert done.returncode != 0 and message in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+    assert not list(tmp_path.iterdir())

@@ -181,6 +181,7 @@ def sample_sheet(vae: AutoencoderKL, pictures: Tensor) -> Image.Image:
 def main(
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
     data: Annotated[Path | None, typer.Option(help="A folder of pictures, instead of tabletop renders.")] = None,
+    init: Annotated[Path | None, typer.Option(help="A VAE of this kind to go on from; else from nothing.")] = None,
     scenes: Annotated[
         int, typer.Option(help="Tabletop scenes to render; half as many siblings more.", min=64)
     ] = SCENES,
@@ -208,6 +209,8 @@ def main(
     torch.manual_seed(0)
     pictures = tabletop(work, scenes, size) if data is None else image_folder(data, size)
     vae = AutoencoderKL(config(factor, size))
+    if init is not None:
+        vae.load_state_dict(loading.load_vae(init, dtype=torch.float32).state_dict())
 
     def validate() -> Image.Image:
         return sample_sheet(vae, pictures.unseen)

@@ -135,6 +135,12 @@ def test_the_command_trains_on_a_folder_with_every_term(tmp_path: Path) -> None:
     vae = loading.load_vae(tmp_path / "work" / "vae")
     assert vae.config.factor == 8 and vae.config.sample_size == 32 and vae.config.scaling_factor != 0.18215
 
+    still = [*options[:4], "--steps", 1, "--decoder-steps", 1, "--batch-size", 2, "--learning-rate", 1e-9]
+    done = run("--data", folder, "--work", tmp_path / "more", *still, "--init", tmp_path / "work" / "vae")
+    assert done.returncode == 0, done.stderr
+    again = loading.load_vae(tmp_path / "more" / "vae").state_dict()
+    assert all(torch.allclose(again[name], value, atol=1e-3) for name, value in vae.state_dict().items())
+
 
 @pytest.mark.parametrize(
     ("options", "message"),

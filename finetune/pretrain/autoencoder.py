@@ -18,18 +18,16 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from finetune.data.buckets import prepare
-from finetune.data.folders import Rules, read_folder
+from finetune.pretrain.own_pictures import image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.pictures import SIZE, from_bytes, to_bytes, training_pictures
+from finetune.pretrain.world.pictures import SIZE, from_bytes, training_pictures
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import sample_scenes
 from finetune.seeds import step_generator
 from finetune.vae_decoder.loss import DecoderLoss, DecoderLossConfig
 from finetune.vae_decoder.metrics import psnr
 from sdkit.checkpoints import loading
-from sdkit.errors import ConfigError
-from sdkit.images.pixels import open_image, to_pil
+from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import contact_sheet
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae import AutoencoderKL
@@ -40,8 +38,7 @@ KL_WEIGHT = 1e-6
 WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
 TEST_SEED = 1_000_001
 SCENES = 32_000
-FEWEST = 20  # pictures of a folder
-UNSEEN = 256  # pictures that are measured and never trained on; of a folder, at most a tenth
+UNSEEN = 256  # renders that are measured and never trained on
 
 
 def config(factor: int = 4, size: int = SIZE) -> VAEConfig:
@@ -71,33 +68,17 @@ def tabletop(work: Path, scenes: int, size: int) -> Data:
     return Data(training_pictures(work, scenes, scenes // 2, size).images, unseen_renders(size))
 
 
+def from_folder(folder: Path, size: int) -> Data:
+    """One's own pictures; see `finetune.pretrain.own_pictures`."""
+    pictures, unseen = image_folder(folder, size, captioned=False)
+    return Data(pictures.images, from_bytes(unseen.images))
+
+
 def unseen_renders(size: int = SIZE, count: int = UNSEEN) -> Tensor:
     """Renders of fresh scenes, [count, 3, size, size] in [-1, 1], with the pairs of colour and shape that no training
     shows."""
     scenes = [sample_scenes(64, TEST_SEED + part, held_out="include") for part in range(0, count, 64)]
     return torch.cat([render(part, size).images * 2 - 1 for part in scenes])
-
-
-def image_folder(folder: Path, size: int) -> Data:
-    """Pictures of a folder, scaled to cover the square and cut in the middle; every tenth is held back, at most UNSEEN.
-
-    Raises ConfigError for fewer than 20, or what cannot be read.
-    """
-    reading = read_folder(folder, Rules(captioned=False))
-    if reading.problems:
-        raise ConfigError("; ".join(reading.problems[:3]))
-    if len(reading.pictures) < FEWEST:
-        raise ConfigError(f"{folder}: expected at least {FEWEST} pictures, found {len(reading.pictures)}")
-
-    images: list[Tensor] = []
-    unseen: list[Tensor] = []
-    for i, picture in enumerate(reading.pictures):
-        square = prepare(open_image(picture.path), (size, size), None, False, picture.digest)
-        if i % 10 == 0 and len(unseen) < UNSEEN:
-            unseen.append(square)
-        else:
-            images.append(to_bytes(square / 2 + 0.5))
-    return Data(torch.cat(images), torch.cat(unseen))
 
 
 # Training
@@ -207,7 +188,7 @@ def main(
     )
 
     torch.manual_seed(0)
-    pictures = tabletop(work, scenes, size) if data is None else image_folder(data, size)
+    pictures = tabletop(work, scenes, size) if data is None else from_folder(data, size)
     vae = AutoencoderKL(config(factor, size))
     if init is not None:
         vae.load_state_dict(loading.load_vae(init, dtype=torch.float32).state_dict())

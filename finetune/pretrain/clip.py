@@ -1,4 +1,5 @@
-"""Train the text encoder by contrast with pictures (CLIP, arXiv 2103.00020): ``python -m finetune.pretrain.clip``.
+"""Train the text encoder by contrast with pictures (CLIP, arXiv 2103.00020): ``python -m finetune.pretrain.clip``, on
+tabletop pictures or on your own with their captions.
 
 A small byte-pair vocabulary is learned from captions and saved as a CLIP tokenizer. In the later part, half of each
 batch are pairs of scenes that differ in one thing, so that telling them apart needs who is which colour and who stands
@@ -9,18 +10,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from finetune.pretrain.own_pictures import OwnPictures, TrainingPictures, image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.captions import captions
-from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from finetune.pretrain.world.captions import captions, single_prompt
+from finetune.pretrain.world.pictures import SIZE, training_pictures
 from finetune.pretrain.world.raycast import render
-from finetune.pretrain.world.scenes import Scenes, equivalent_key, sample_scenes
+from finetune.pretrain.world.scenes import COLORS, SHAPES, Scenes, equivalent_key, sample_scenes
 from finetune.seeds import step_generator
 from sdkit.checkpoints.components import text_config
 from sdkit.checkpoints.tensors import read_state, write_state
@@ -72,8 +74,8 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     write_json(folder / "special_tokens_map.json", marks)  # the last: it says that the others are there
 
 
-def build(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """transformers' CLIPModel for the vocabulary, text projection fixed to the identity."""
+def build(tokenizer: CLIPTokenizer, size: int = SIZE) -> CLIPModel:
+    """transformers' CLIPModel for the vocabulary and pictures of ``size``, text projection fixed to the identity."""
     from transformers import CLIPConfig, CLIPModel
 
     shared = {
@@ -86,7 +88,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     end = tokenizer.convert_tokens_to_ids(END)
     marks = {"bos_token_id": tokenizer.convert_tokens_to_ids(START), "eos_token_id": end, "pad_token_id": end}
     text = shared | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
-    vision = shared | {"image_size": SIZE, "patch_size": 8}
+    vision = shared | {"image_size": size, "patch_size": 8}
 
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     nn.init.eye_(model.text_projection.weight)
@@ -102,10 +104,11 @@ def load_text_encoder(folder: Path) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> Tensor:
-    """Token ids [B, N], padded with the end token to ``length`` or to the longest text."""
+    """Token ids [B, N], padded with the end token to ``length`` or to the longest text, cut where they are more than
+    that or than LENGTH."""
     padding = "longest" if length is None else "max_length"
     return tokenizer(
-        texts, padding=padding, max_length=length, truncation=length is not None, return_tensors="pt"
+        texts, padding=padding, max_length=length or LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
 
 
@@ -141,16 +144,38 @@ class ContrastiveLoss(nn.Module):
         return contrast(image, text, self.model.logit_scale)
 
 
-def draw_batch(pictures: Pictures, tokenizer: CLIPTokenizer, pairs: bool, step: int) -> tuple[Tensor, Tensor]:
-    """Pictures and the token ids of their captions; under ``pairs`` half of them differ in one thing from another."""
-    rng = step_generator(RUN, step)
-    index = torch.randint(len(pictures) - pictures.pairs, (BATCH,), generator=rng)
-    if pairs:
+def draw_batch(pictures: TrainingPictures, tokenizer: CLIPTokenizer, pairs: bool, step: int) -> tuple[Tensor, Tensor]:
+    """Pictures and the token ids of their captions; under ``pairs``, where there are such, half of them differ in one
+    thing from another."""
+    rng, singles = step_generator(RUN, step), len(pictures) - pictures.pairs
+    if singles < 2 * BATCH:  # of few, none is drawn twice: it would have to be told from itself
+        index = torch.randperm(singles, generator=rng)[:BATCH]
+    else:
+        index = torch.randint(singles, (BATCH,), generator=rng)
+    if pairs and pictures.pairs:
         pair = torch.randperm(pictures.pairs, generator=rng)[:PAIRS]
         index[: 2 * PAIRS] = torch.cat([pair, pair + len(pictures) - pictures.pairs])
 
-    texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
+    texts = pictures.captions(index, seed=int(torch.randint(2**31, (), generator=rng)))
     return pictures.pixels(index), tokenize(tokenizer, texts)
+
+
+# How well the towers fit
+
+
+class Retrieval(NamedTuple):
+    """How often the nearest one is right, from 0 to 1: the picture to a caption, and the caption to a picture."""
+
+    picture: float
+    caption: float
+
+
+@torch.no_grad()
+def retrieval_among(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, texts: list[str]) -> Retrieval:
+    """Retrieval among pictures [N, 3, S, S] in [-1, 1] and their captions, both ways."""
+    likeness = embed_text(model.text_model, tokenize(tokenizer, texts)) @ embed_images(model, pixels).T
+    right = torch.arange(len(texts))
+    return Retrieval(*((likeness.argmax(axis) == right).float().mean().item() for axis in (1, 0)))
 
 
 def distinct_scenes(count: int, seed: int) -> Scenes:
@@ -162,17 +187,27 @@ def distinct_scenes(count: int, seed: int) -> Scenes:
     return pool[torch.tensor(list(first.values())[:count])]
 
 
-@torch.no_grad()
-def retrieval(model: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 8, count: int = 64) -> float:
-    """How often the picture nearest to a caption, among ``count`` distinct scenes, is the right one."""
-    right: list[Tensor] = []
+def retrieval(
+    model: CLIPModel, tokenizer: CLIPTokenizer, rounds: int = 8, count: int = 64, size: int = SIZE
+) -> Retrieval:
+    """The mean over rounds of `retrieval_among` ``count`` distinct scenes with full captions."""
+    each: list[Retrieval] = []
     for k in range(rounds):
         scenes = distinct_scenes(count, TEST_SEED + k)
-        texts = captions(scenes, TEST_SEED + k, full=True)
-        image = embed_images(model, render(scenes, SIZE).images * 2 - 1)
-        text = embed_text(model.text_model, tokenize(tokenizer, texts))
-        right.append((text @ image.T).argmax(1) == torch.arange(count))
-    return torch.cat(right).float().mean().item()
+        pixels = render(scenes, size).images * 2 - 1
+        each.append(retrieval_among(model, tokenizer, pixels, captions(scenes, TEST_SEED + k, full=True)))
+    return Retrieval(*(sum(values) / rounds for values in zip(*each, strict=True)))
+
+
+@torch.no_grad()
+def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, count: int = 256, size: int = SIZE) -> float:
+    """How often a picture of one object is nearest to its own name, "a red sphere", among all colours and shapes."""
+    names = [(color, shape) for color in COLORS for shape in SHAPES]
+    scenes = sample_scenes(count, TEST_SEED, counts=(1.0, 0.0, 0.0), held_out="include")
+    images = embed_images(model, render(scenes, size).images * 2 - 1)
+    texts = embed_text(model.text_model, tokenize(tokenizer, [single_prompt(*name) for name in names]))
+    right = scenes.color[:, 0] * len(SHAPES) + scenes.shape[:, 0]
+    return ((images @ texts.T).argmax(1) == right).float().mean().item()
 
 
 def write_towers(model: CLIPModel, folder: Path) -> None:
@@ -190,18 +225,31 @@ def write_towers(model: CLIPModel, folder: Path) -> None:
 
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, results.")] = Path("build/tabletop"),
-    steps: Annotated[int, typer.Option(help="Training steps of 128 pictures.", min=1)] = 800,
+    data: Annotated[Path | None, typer.Option(help="A folder of pictures with captions, not tabletop renders.")] = None,
+    size: Annotated[int, typer.Option(help="Width and height of the pictures, a multiple of 8.", min=16)] = SIZE,
+    steps: Annotated[int, typer.Option(help="Training steps of at most 128 pictures.", min=1)] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""
+    if size % 8:
+        raise typer.BadParameter(f"--size: expected a multiple of 8, the image encoder's patch, found {size}")
     torch.manual_seed(0)
-    pictures = training_pictures(work)
+    unseen: OwnPictures | None = None
+    if data is None:
+        pictures = training_pictures(work, size=size)
+    else:
+        pictures, unseen = image_folder(data, size)
 
     folder = work / "clip"
     if not (folder / "tokenizer" / "special_tokens_map.json").exists():
-        train_tokenizer(captions(pictures.scenes[torch.arange(20_000)], seed=4), folder / "tokenizer")
+        first = torch.arange(min(20_000, len(pictures) - pictures.pairs))
+        train_tokenizer(pictures.captions(first, seed=4), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    model = build(tokenizer)
+    model = build(tokenizer, size)
+    if isinstance(pictures, OwnPictures):
+        cut = sum(len(ids) > LENGTH for ids in tokenizer(pictures.texts).input_ids)
+        if cut:
+            print(f"{cut} of {len(pictures)} captions have more than {LENGTH} tokens and are cut")
 
     recipe = Recipe(
         max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=20, adam_beta2=0.98, decay_from=0.5
@@ -213,7 +261,13 @@ def main(
     train_on_the_cpu(ContrastiveLoss(model), batches, recipe, folder)
     model.eval()
     write_towers(model, folder)
-    print(f"caption retrieval among 64 distinct scenes: {100 * retrieval(model, tokenizer):.1f} %")
+    if unseen is None:
+        found = retrieval(model, tokenizer, size=size)
+        print(f"named right among {len(COLORS) * len(SHAPES)}: {100 * zero_shot(model, tokenizer, size=size):.1f} %")
+    else:
+        found = retrieval_among(model, tokenizer, unseen.pixels(torch.arange(len(unseen))), unseen.texts)
+    print(f"nearest among {64 if unseen is None else len(unseen)} unseen ones: the right picture to a caption ", end="")
+    print(f"{100 * found.picture:.1f} %, the right caption to a picture {100 * found.caption:.1f} %")
 
 
 if __name__ == "__main__":

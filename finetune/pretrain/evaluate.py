@@ -218,7 +218,7 @@ def main(
     clip, tokenizer = reconstruct_clip(model)
     once = {
         "VAE: PSNR of unseen renders, dB": mean_psnr(sd.vae, unseen_renders()),
-        "CLIP: caption retrieval among 64 distinct scenes, per cent": 100 * retrieval(clip, tokenizer),
+        "CLIP: caption retrieval among 64 distinct scenes, per cent": 100 * retrieval(clip, tokenizer).picture,
     } | {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
     text = table(runs, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())
     print(text)

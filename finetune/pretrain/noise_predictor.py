@@ -1,9 +1,11 @@
-"""Train the UNet of the shipped model on latents and captions: ``python -m finetune.pretrain.noise_predictor``.
+"""Train a UNet on latents and captions: ``python -m finetune.pretrain.noise_predictor``; on tabletop pictures, or on
+your own.
 
-v prediction with min-SNR weighting (arXiv 2303.09556, gamma 5) that never falls below a floor: what stands where is
-decided at high noise, where the plain weight all but vanishes. Captions are dropped one time in ten so that guidance
-works; the weights' moving average is kept. The text encoder goes on learning with the UNet, its pooled output held to
-what contrastive training made it, so that the image encoder still fits. Ends by writing the whole model.
+It predicts v, epsilon or the picture, on a schedule of one's choice. The loss has min-SNR weights (arXiv 2303.09556,
+gamma 5); those of v and of the picture never fall below a floor: what stands where is decided at high noise, where the
+plain weight all but vanishes. Captions are dropped one time in ten so that guidance works, or always; the weights'
+moving average is kept. The text encoder goes on learning with the UNet, its pooled output held to what contrastive
+training made it, so that the image encoder still fits. Ends by writing the whole model.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -25,9 +28,9 @@ from tqdm import tqdm
 
 import sdkernels
 from finetune.pretrain.clip import load_text_encoder, tokenize
+from finetune.pretrain.own_pictures import TrainingPictures, image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.captions import captions
-from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from finetune.pretrain.world.pictures import SIZE, training_pictures
 from finetune.seeds import step_generator
 from finetune.training.averaging import in_place_of
 from finetune.training.min_snr import min_snr_weight
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 CONFIG = UNetConfig(
-    sample_size=SIZE // 4,
+    sample_size=SIZE // 4,  # written down alone: it takes any size
     block_out_channels=(64, 128, 160),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -61,8 +64,7 @@ CONFIG = UNetConfig(
 )
 SCHEDULER: dict[str, Any] = {  # ddpm: its fresh noise mends early mistakes, such as a second object
     "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "trailing",
-    "steps_offset": 1, "clip_sample": False, "variance_type": "fixed_small",
+    "timestep_spacing": "trailing", "steps_offset": 1, "clip_sample": False, "variance_type": "fixed_small",
 }  # fmt: skip
 BATCH = 32
 RUN, SHEET_RUN = 6, 9  # numbers for `step_generator`: of the run, and of the sheets' noise
@@ -71,6 +73,7 @@ GAMMA = 5.0
 FLOOR = 0.4  # least weight of a timestep
 COUNTS = (0.48, 0.4, 0.12)  # share of pictures with one, two and three objects
 ANCHOR = 1.0  # weight of what holds the text encoder
+UNTOLD = "(no text)"
 PROMPTS = (
     "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone", "a white sphere",
     "a large shiny orange cube on a wooden table", "a small matte cyan ball on a black table",
@@ -81,7 +84,7 @@ PROMPTS = (
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, pictures: Pictures, folder: Path) -> Tensor:
+def encoded(vae: AutoencoderKL, pictures: TrainingPictures, folder: Path) -> Tensor:
     """The posterior's mean of every picture, scaled, float16 [N, 4, h, w]; kept on disk, under the encoder's hash."""
     weights = b"".join(value.numpy().tobytes() for value in vae.encoder.state_dict().values())
     key = hashlib.sha256(weights + f"{vae.config.scaling_factor} {len(pictures)}".encode()).hexdigest()[:12]
@@ -108,7 +111,7 @@ class Batch(NamedTuple):
 
 
 class PredictorLoss(nn.Module):
-    """forward(batch) -> v's weighted error, and how far the text's pooled output is from that of ``anchor``.
+    """forward(batch) -> the prediction's weighted error + how far the text's pooled output is from that of ``anchor``.
 
     ``unet`` and ``text_encoder`` are trained together; ``anchor`` is the text encoder before that, frozen.
     """
@@ -127,7 +130,8 @@ class PredictorLoss(nn.Module):
         self.alphas = schedule.alphas_cumprod.float()
 
     def forward(self, batch: Batch) -> Tensor:
-        x_t, target = sdkernels.add_noise(batch.x0, batch.noise, batch.t, self.alphas, "v_prediction")
+        kind = self.schedule.prediction_type
+        x_t, target = sdkernels.add_noise(batch.x0, batch.noise, batch.t, self.alphas, kind)
         ids, end = batch.ids, int(batch.ids[0, -1])
 
         with autocast():
@@ -142,23 +146,39 @@ class PredictorLoss(nn.Module):
 
 
 def loss_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Min-SNR weights of v's squared error at timesteps t, but never below FLOOR where there is more noise than
-    picture."""
+    """Min-SNR weights of the squared error at timesteps t; where there is more noise than picture, never below FLOOR as
+    weights of v's error. Epsilon has no floor: its error says less and less of the picture there."""
     weight = min_snr_weight(schedule, t, GAMMA, torch.float32)
-    return torch.where(schedule.snr(t) < 1, weight.clamp(min=FLOOR), weight)
+    snr = schedule.snr(t)
+    if schedule.prediction_type == "epsilon":
+        return weight
+    floor = FLOOR if schedule.prediction_type == "v_prediction" else FLOOR * (snr + 1).float()  # x0's error is v's
+    return torch.where(snr < 1, torch.maximum(weight, torch.as_tensor(floor)), weight)
 
 
-def draw_batch(pictures: Pictures, latents: Tensor, tokenizer: CLIPTokenizer, length: int, step: int) -> Batch:
-    """Step ``step``'s batch; ``latents`` are those of the pictures, ``length`` is that of the token ids."""
-    rng = step_generator(RUN, step)
-    index = draw_pictures(pictures.scenes.count, rng)
-    x0 = latents[index].float()
-    noise = torch.randn(x0.shape, generator=rng)
+@dataclass(frozen=True)
+class Draws:
+    """The batches of a run. ``latents`` are those of the pictures, ``length`` is that of the token ids; ``dropout`` is
+    the share of captions that are left out."""
 
-    texts = captions(pictures.scenes[index], seed=int(torch.randint(2**31, (), generator=rng)))
-    dropped = torch.rand(BATCH, generator=rng) < DROPOUT
-    texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
-    return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), tokenize(tokenizer, texts, length))
+    pictures: TrainingPictures
+    latents: Tensor
+    tokenizer: CLIPTokenizer
+    length: int
+    dropout: float = DROPOUT
+
+    def __call__(self, step: int) -> Batch:
+        """Step ``step``'s batch."""
+        rng = step_generator(RUN, step)
+        index = draw_pictures(self.pictures.count, rng)
+        x0 = self.latents[index].float()
+        noise = torch.randn(x0.shape, generator=rng)
+
+        texts = self.pictures.captions(index, seed=int(torch.randint(2**31, (), generator=rng)))
+        dropped = torch.rand(BATCH, generator=rng) < self.dropout
+        texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
+        t = draw_timesteps(SCHEDULER["num_train_timesteps"], rng)
+        return Batch(x0, noise, t, tokenize(self.tokenizer, texts, self.length))
 
 
 def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:
@@ -174,10 +194,12 @@ def draw_timesteps(total: int, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def sample_sheet(loss: PredictorLoss, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Image.Image:
-    """PROMPTS drawn with 20 steps and guidance 3, as a sheet with captions."""
+def sample_sheet(
+    loss: PredictorLoss, vae: AutoencoderKL, tokenizer: CLIPTokenizer, prompts: Sequence[str], side: int
+) -> Image.Image:
+    """The prompts drawn on latents of ``side`` with 20 steps and guidance 3, as a sheet with captions."""
     plan = make_plan("dpmpp_2m", loss.schedule, 20, timestep_spacing="trailing")
-    ids = tokenize(tokenizer, [*PROMPTS, *[""] * len(PROMPTS)], loss.text_encoder.config.max_position_embeddings)
+    ids = tokenize(tokenizer, [*prompts, *[""] * len(prompts)], loss.text_encoder.config.max_position_embeddings)
     context = loss.unet.context_kv(loss.text_encoder(input_ids=ids).last_hidden_state)
 
     def predict(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -185,57 +207,82 @@ def sample_sheet(loss: PredictorLoss, vae: AutoencoderKL, tokenizer: CLIPTokeniz
         cond, uncond = loss.unet(torch.cat([x, x]).float(), t, None, context_kv=context).chunk(2)
         return uncond, cond
 
-    noise = torch.randn(len(PROMPTS), 4, SIZE // 4, SIZE // 4, generator=step_generator(SHEET_RUN, 0))
+    noise = torch.randn(len(prompts), 4, side, side, generator=step_generator(SHEET_RUN, 0))
     latents = denoise(plan, predict, plan.start(noise), lambda: noise, Guidance(3.0))
     pictures = vae.decode(latents.float() / vae.config.scaling_factor).clamp(-1, 1)
-    return contact_sheet([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or "(no text)" for p in PROMPTS])
+    return contact_sheet([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or UNTOLD for p in prompts])
 
 
-def untrained(work: Path, init: Path | None) -> PredictorLoss:
-    """A new UNet with the text encoder of `clip`, or both as they are in the model ``init``."""
+def untrained(work: Path, init: Path | None, schedule: NoiseSchedule, side: int) -> PredictorLoss:
+    """A new UNet for latents of ``side`` with the text encoder of `clip`, or both as they are in the model ``init``."""
     anchor = load_text_encoder(work / "clip").eval()
     anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
-    unet, text_encoder = UNet2DConditionModel(CONFIG), copy.deepcopy(anchor)
+    unet, text_encoder = UNet2DConditionModel(replace(CONFIG, sample_size=side)), copy.deepcopy(anchor)
 
     if init is not None:
         earlier = loading.load(init, dtype=torch.float32)
         unet.load_state_dict(earlier.unet.state_dict())
         text_encoder.load_state_dict(earlier.text_encoder.state_dict())
-    return PredictorLoss(unet, text_encoder, anchor, NoiseSchedule(prediction_type="v_prediction"))
+    return PredictorLoss(unet, text_encoder, anchor, schedule)
+
+
+def scheduler_config(schedule: NoiseSchedule) -> dict[str, Any]:
+    """What the model's folder says of its schedule."""
+    names = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")
+    return SCHEDULER | {name: getattr(schedule, name) for name in names}
 
 
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, sheets, results.")] = Path(
         "build/tabletop"
     ),
+    data: Annotated[Path | None, typer.Option(help="A folder of pictures with captions, not tabletop renders.")] = None,
+    size: Annotated[int, typer.Option(help="Width and height of the pictures.", min=16)] = SIZE,
     init: Annotated[Path | None, typer.Option(help="A model of this kind to go on from; else from nothing.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 13_600,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 7e-4,
+    prediction: Annotated[str, typer.Option(help="What the network predicts: v_prediction, epsilon or sample.")] = (
+        "v_prediction"
+    ),
+    beta_schedule: Annotated[str, typer.Option(help="scaled_linear, linear or squaredcos_cap_v2.")] = "scaled_linear",
+    zero_terminal_snr: Annotated[bool, typer.Option(help="The last timestep is noise alone.")] = False,
+    unconditional: Annotated[bool, typer.Option(help="All captions are left out.")] = False,
 ) -> None:
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
+    if zero_terminal_snr and prediction == "epsilon":
+        raise typer.BadParameter("--zero-terminal-snr: of noise alone epsilon says nothing; predict v or the sample")
+    schedule = NoiseSchedule(
+        prediction_type=prediction, beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_terminal_snr
+    )
+
+    # Pictures as latents.
     torch.manual_seed(0)
-    pictures = training_pictures(work)
+    pictures = training_pictures(work, size=size) if data is None else image_folder(data, size)[0]
     vae = loading.load_vae(work / "vae", dtype=torch.float32)
     folder = work / "unet"
     folder.mkdir(parents=True, exist_ok=True)
     latents = encoded(vae, pictures, folder)
     tokenizer = load_tokenizer(work / "clip" / "tokenizer")
-    loss = untrained(work, init)
 
+    # Training.
+    loss = untrained(work, init, schedule, latents.shape[-1])
+    prompts = PROMPTS if data is None else pictures.captions(torch.arange(min(16, len(pictures))), seed=0)
     recipe = Recipe(
         max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=300, decay_from=0.4, ema_decay=0.999
     )
+    length = loss.anchor.config.max_position_embeddings
     trained = train_on_the_cpu(
         loss,
-        partial(draw_batch, pictures, latents, tokenizer, loss.anchor.config.max_position_embeddings),
+        Draws(pictures, latents, tokenizer, length, dropout=1.0 if unconditional else DROPOUT),
         recipe,
         folder,
         highest_rate=lambda name: learning_rate * (0.5 if name.startswith("text_encoder") else 1.0),
-        validate=lambda: sample_sheet(loss, vae, tokenizer),
+        validate=lambda: sample_sheet(loss, vae, tokenizer, prompts, latents.shape[-1]),
     )
 
+    # The model.
     with in_place_of(loss, trained.average.values) if trained.average else nullcontext():
-        model = Components(loss.unet, vae, loss.text_encoder, tokenizer, SCHEDULER)
+        model = Components(loss.unet, vae, loss.text_encoder, tokenizer, scheduler_config(schedule))
         loading.save(model, work / "model", dtype=torch.float16)
     shutil.copytree(work / "clip" / "image_encoder", work / "model" / "image_encoder", dirs_exist_ok=True)
 

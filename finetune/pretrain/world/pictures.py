@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import Scenes, sample_scenes, siblings
 from sdkit.files import write_text
@@ -37,6 +38,15 @@ class Pictures:
     def pixels(self, index: Tensor) -> Tensor:
         """Pictures in [-1, 1]: float32 [len(index), 3, S, S]."""
         return from_bytes(self.images[index])
+
+    def captions(self, index: Tensor, seed: int) -> list[str]:
+        """A true caption of each of these pictures, drawn from the seed."""
+        return captions(self.scenes[index], seed)
+
+    @property
+    def count(self) -> Tensor:
+        """How many objects each picture shows, int64 [N]."""
+        return self.scenes.count
 
 
 def training_pictures(folder: Path, scenes: int = 32_000, pairs: int = 16_000, size: int = SIZE) -> Pictures:

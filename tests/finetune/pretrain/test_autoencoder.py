@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from finetune.pretrain.autoencoder import (
@@ -16,15 +15,12 @@ from finetune.pretrain.autoencoder import (
     ReconstructionLoss,
     config,
     draw_batches,
-    image_folder,
     mean_psnr,
     sample_sheet,
     unseen_renders,
 )
 from finetune.seeds import step_generator
 from finetune.vae_decoder.loss import DecoderLossConfig
-from sdkit.checkpoints import loading
-from sdkit.errors import ConfigError
 from sdkit.networks.vae import AutoencoderKL
 from tests.house import ROOT
 
@@ -101,45 +97,9 @@ def test_a_sheet_shows_pictures_above_what_the_vae_makes_of_them() -> None:
     assert width > 8 * 64 and height > 4 * 64
 
 
-def folder_of(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        Image.new("RGB", (40 + i, 32), (5 * i, 100, 255 - 5 * i)).save(folder / f"{i:02}.png")
-    return folder
-
-
-def test_pictures_of_a_folder_are_cut_square_and_a_tenth_is_held_back(tmp_path: Path) -> None:
-    data = image_folder(folder_of(tmp_path / "own", 31), 16)
-    assert data.images.shape == (27, 3, 16, 16) and data.images.dtype == torch.uint8
-    assert data.unseen.shape == (4, 3, 16, 16)
-    reds = ((data.unseen[:, 0].mean((1, 2)) / 2 + 0.5) * 255).round().tolist()
-    assert reds == [0, 50, 100, 150]  # every tenth
-    assert not {*reds} & {*data.images[:, 0, 0, 0].tolist()}
-
-    with pytest.raises(ConfigError, match="expected at least 20 pictures, found 3"):
-        image_folder(folder_of(tmp_path / "few", 3), 16)
-
-
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "finetune.pretrain.autoencoder", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_trains_on_a_folder_with_every_term(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "own", 24)
-    options = ["--size", 32, "--factor", 8, "--steps", 2, "--decoder-steps", 1, "--batch-size", 2]
-    terms = ["--perceptual-weight", 0.1, "--discriminator-weight", 0.1, "--discriminator-start", 1]
-    done = run("--data", folder, "--work", tmp_path / "work", *options, *terms)
-    assert done.returncode == 0, done.stderr
-    assert "PSNR of 3 unseen pictures" in done.stdout
-    vae = loading.load_vae(tmp_path / "work" / "vae")
-    assert vae.config.factor == 8 and vae.config.sample_size == 32 and vae.config.scaling_factor != 0.18215
-
-    still = [*options[:4], "--steps", 1, "--decoder-steps", 1, "--batch-size", 2, "--learning-rate", 1e-9]
-    done = run("--data", folder, "--work", tmp_path / "more", *still, "--init", tmp_path / "work" / "vae")
-    assert done.returncode == 0, done.stderr
-    again = loading.load_vae(tmp_path / "more" / "vae").state_dict()
-    assert all(torch.allclose(again[name], value, atol=1e-3) for name, value in vae.state_dict().items())
 
 
 @pytest.mark.parametrize(

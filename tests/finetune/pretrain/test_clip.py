@@ -1,10 +1,26 @@
 """The contrastive loss, and the scenes and batches that it is taken on."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.pretrain.clip import BATCH, PAIRS, ContrastiveLoss, build, contrast, distinct_scenes, draw_batch
+from finetune.pretrain.clip import (
+    BATCH,
+    PAIRS,
+    ContrastiveLoss,
+    Retrieval,
+    build,
+    contrast,
+    distinct_scenes,
+    draw_batch,
+    retrieval,
+    retrieval_among,
+    zero_shot,
+)
+from finetune.pretrain.evaluate import reconstruct_clip
+from finetune.pretrain.own_pictures import OwnPictures
 from finetune.pretrain.world.pictures import SIZE, Pictures
 from finetune.pretrain.world.scenes import Scenes, equivalent_key, sample_scenes, siblings
 from sdkit.checkpoints.loading import MODELS
@@ -56,3 +72,28 @@ def test_the_loss_reaches_both_towers(pictures: Pictures) -> None:
     for name, p in loss.named_parameters():
         moved = p.grad is not None and bool(p.grad.abs().sum() > 0)
         assert moved == (name != "model.text_projection.weight") or "k_proj.bias" in name, name
+
+
+def test_of_few_own_pictures_none_is_drawn_twice() -> None:
+    tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
+    numbers = torch.arange(90, dtype=torch.uint8)[:, None, None, None]
+    own = OwnPictures(numbers.expand(-1, 3, 8, 8).contiguous(), ["a red cube"] * 90)
+    pixels, ids = draw_batch(own, tokenizer, True, 3)
+    assert len(pixels) == len(ids) == 90 == pixels[:, 0, 0, 0].unique().numel()
+
+
+def test_retrieval_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two captions both lie nearest to the first picture, whose own is the first; the second picture has its own."""
+    text = F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.4]]), dim=-1)
+    image = F.normalize(torch.tensor([[1.0, 0.1], [0.0, 1.0]]), dim=-1)
+    monkeypatch.setattr("finetune.pretrain.clip.embed_text", lambda *_: text)
+    monkeypatch.setattr("finetune.pretrain.clip.embed_images", lambda *_: image)
+    monkeypatch.setattr("finetune.pretrain.clip.tokenize", lambda *_: None)
+    model: Any = type("Towers", (), {"text_model": None})
+    assert retrieval_among(model, model, torch.zeros(2), ["a", "b"]) == Retrieval(picture=0.5, caption=1.0)
+
+
+def test_the_shipped_towers_find_and_name() -> None:
+    towers = reconstruct_clip(MODELS / "tabletop")
+    found = retrieval(*towers, rounds=1)
+    assert min(found) > 0.8 and 0.5 < zero_shot(*towers, count=64) <= 1

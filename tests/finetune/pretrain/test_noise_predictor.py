@@ -10,16 +10,20 @@ from finetune.pretrain.noise_predictor import (
     COUNTS,
     FLOOR,
     Batch,
+    Draws,
     PredictorLoss,
     draw_pictures,
     draw_timesteps,
     loss_weight,
 )
+from finetune.pretrain.own_pictures import OwnPictures
 from finetune.seeds import step_generator
 from finetune.training.min_snr import min_snr_weight
+from sdkit.checkpoints.loading import MODELS
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.text_encoder import build_text_encoder
 from sdkit.networks.unet import UNet2DConditionModel
+from sdkit.prompts.tokenizer import load_tokenizer
 from sdkit.sampling.schedule import NoiseSchedule
 
 
@@ -42,6 +46,23 @@ def test_the_weights_of_all_timesteps_are_those_of_the_shipped_model() -> None:
     expected = torch.where(snr < 1, weight.clamp(min=FLOOR), weight)
     assert torch.equal(loss_weight(schedule, t), expected) and expected.dtype == torch.float32
     assert torch.allclose(weight.double(), min_snr_weight(schedule, t, 5.0), rtol=1e-6)
+
+
+def test_one_loss_can_be_written_for_v_and_for_the_picture() -> None:
+    """An error e of v is one of sqrt(1 - acp) e of x0: the weights differ by 1 - acp, the floor too."""
+    of_v, of_x0 = (NoiseSchedule(prediction_type=kind) for kind in ("v_prediction", "sample"))
+    t = torch.arange(1000)
+    spread = 1 - of_v.alphas_cumprod
+    assert torch.allclose(loss_weight(of_x0, t).double() * spread, loss_weight(of_v, t).double(), rtol=1e-5)
+
+
+def test_epsilon_has_the_papers_weights_and_zero_snr_a_floor() -> None:
+    t = torch.arange(1000)
+    epsilon = NoiseSchedule(prediction_type="epsilon")
+    assert torch.equal(loss_weight(epsilon, t), min_snr_weight(epsilon, t, 5.0, torch.float32))
+    for kind in ("v_prediction", "sample"):
+        zero = NoiseSchedule(prediction_type=kind, rescale_betas_zero_snr=True)
+        assert loss_weight(zero, t)[-1] == pytest.approx(FLOOR) and loss_weight(zero, t).isfinite().all()
 
 
 def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() -> None:
@@ -96,3 +117,34 @@ def test_the_anchor_holds_the_text_encoder_and_is_not_trained(loss: PredictorLos
         for p in loss.anchor.parameters():  # another meaning of the same words is far from the text encoder's
             p.add_(0.1 * torch.randn(p.shape, generator=step_generator(0, 9)))
         assert loss(batch(1)) > value + 1e-3
+
+
+def test_a_batch_has_pictures_with_their_own_captions_some_of_them_dropped() -> None:
+    tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
+    texts = ["a red cube", "a blue sphere"]
+    pictures = OwnPictures(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), texts)
+    latents = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1).expand(2, 4, 2, 2).half()
+
+    ids = {text: tokenizer(text, padding="max_length", max_length=77).input_ids for text in (*texts, "")}
+    dropped = 0
+    for step in range(20):
+        drawn = Draws(pictures, latents, tokenizer, 77)(step)
+        for x0, found in zip(drawn.x0, drawn.ids.tolist(), strict=True):
+            own = ids[texts[int(x0.max()) - 1]]
+            assert found in (own, ids[""])
+            dropped += found == ids[""]
+    assert 0.05 < dropped / (20 * BATCH) < 0.15
+    assert all(row == ids[""] for row in Draws(pictures, latents, tokenizer, 77, dropout=1.0)(0).ids.tolist())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_the_target_is_what_the_schedule_says(loss: PredictorLoss, kind: str) -> None:
+    """A network that predicts nothing has the target's square as its error."""
+    loss.schedule = NoiseSchedule(prediction_type=kind)
+    given = batch(2)
+    with torch.no_grad():
+        for p in loss.unet.conv_out.parameters():
+            p.zero_()
+        target = loss.schedule.target(given.x0, given.noise, given.t)
+        expected = (loss_weight(loss.schedule, given.t) * target.square().mean(dim=(1, 2, 3))).mean()
+        assert float(loss(given)) == pytest.approx(float(expected), rel=1e-2)

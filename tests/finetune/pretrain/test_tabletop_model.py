@@ -66,7 +66,7 @@ def test_the_vae_reconstructs_unseen_renders(sd: StableDiffusion) -> None:
 
 
 def test_captions_find_their_pictures() -> None:
-    assert retrieval(*reconstruct_clip(FOLDER), rounds=2) >= 0.8
+    assert min(retrieval(*reconstruct_clip(FOLDER), rounds=2)) >= 0.8
 
 
 def test_the_probe_is_right_on_unseen_renders(probe: Probe) -> None:
@@ -83,7 +83,7 @@ def test_the_bars_of_the_model_card(sd: StableDiffusion, probe: Probe) -> None:
     assert figures["colour and shape right"] >= 90
     assert figures["colour and shape right, each with probability over 0.9"] >= 85
     assert figures["worst shape"] >= 75 and figures["exactly one object"] >= 93
-    assert mean_psnr(sd.vae, unseen_renders()) >= 35 and retrieval(*reconstruct_clip(FOLDER)) >= 0.8
+    assert mean_psnr(sd.vae, unseen_renders()) >= 35 and retrieval(*reconstruct_clip(FOLDER)).picture >= 0.8
     assert min(accuracy(probe).values()) >= 98
 
 

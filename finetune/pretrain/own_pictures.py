@@ -53,7 +53,7 @@ def image_folder(folder: Path, size: int, captioned: bool = True) -> tuple[OwnPi
 
     Pictures are scaled to cover the square of ``size`` pixels and cut in the middle. Captions are those of
     `finetune.data.folders`: a table, or a file beside the picture; without ``captioned`` all are empty. Warns of files
-    that are not used. Raises ConfigError for fewer than FEWEST pictures, one without a caption, and what cannot be read.
+    that are not used. Raises ConfigError for fewer than FEWEST pictures, one without a caption, what cannot be read.
     """
     reading = read_folder(folder, Rules(captioned=captioned, folder_repeats=False))
     found, unused = reading.pictures, reading.left_out

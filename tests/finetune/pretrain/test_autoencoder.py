@@ -1,9 +1,5 @@
 """Training a VAE from nothing: what each loss trains, its terms, the pictures, and how they are measured."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -22,7 +18,6 @@ from finetune.pretrain.autoencoder import (
 from finetune.seeds import step_generator
 from finetune.vae_decoder.loss import DecoderLossConfig
 from sdkit.networks.vae import AutoencoderKL
-from tests.house import ROOT
 
 PICTURES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 PLAIN = DecoderLossConfig(perceptual_weight=0)
@@ -95,23 +90,3 @@ def test_unseen_pictures_are_measured_in_decibels() -> None:
 def test_a_sheet_shows_pictures_above_what_the_vae_makes_of_them() -> None:
     width, height = sample_sheet(lambda x: x, unseen_renders(count=64)).size
     assert width > 8 * 64 and height > 4 * 64
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "finetune.pretrain.autoencoder", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--factor", 6], "--factor: expected 4 or 8"),
-        (["--size", 60, "--factor", 8], "--factor: expected 4 or 8, which divides --size"),
-        (["--data", "somewhere", "--scenes", 64], "--scenes: does nothing with --data"),
-        (["--discriminator-start", 5], "discriminator_start: does nothing without discriminator_weight"),
-    ],
-)
-def test_options_that_would_do_nothing_are_refused(options: list[object], message: str, tmp_path: Path) -> None:
-    done = run("--work", tmp_path, *options)
-    assert done.returncode != 0 and message in " ".join(done.stderr.replace("│", " ").split()), done.stderr
-    assert not list(tmp_path.iterdir())

@@ -1,18 +1,19 @@
 """One's own pictures: read, and the whole chain from a folder to a model that draws."""
 
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
+from finetune.pretrain import autoencoder, clip, noise_predictor
 from finetune.pretrain.own_pictures import image_folder
 from sdkit.checkpoints import loading
 from sdkit.errors import ConfigError
 from sdkit.stable_diffusion import StableDiffusion
-from tests.house import ROOT
 
 
 def folder_of(folder: Path, count: int, captions: bool = True) -> Path:
@@ -55,47 +56,47 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
         image_folder(bare, 16)
 
 
-def run(name: str, *options: object) -> str:
-    command = [sys.executable, "-m", f"finetune.pretrain.{name}", *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_folder_becomes_a_model_that_draws(tmp_path: Path) -> None:
+def test_a_folder_becomes_a_model_that_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, work = folder_of(tmp_path / "own", 24), tmp_path / "work"
-    common = ["--data", folder, "--size", 32, "--work", work]
-    adversarial = ["--perceptual-weight", 0.1, "--discriminator-weight", 0.1, "--discriminator-start", 1]
-    few = ["--factor", 8, "--steps", 2, "--decoder-steps", 1, "--batch-size", 2]
-    assert "PSNR of 3 unseen pictures" in run("autoencoder", *common, *few, *adversarial)
+    vae_options: dict[str, Any] = {"data": folder, "size": 32, "factor": 8, "decoder_steps": 1, "batch_size": 2}
+    terms: dict[str, Any] = {"perceptual_weight": 0.1, "discriminator_weight": 0.1, "discriminator_start": 1}
+    autoencoder.main(work=work, steps=2, **vae_options, **terms)
     vae = loading.load_vae(work / "vae")
     assert vae.config.factor == 8 and vae.config.sample_size == 32 and vae.config.scaling_factor != 0.18215
 
-    assert "nearest among 3 unseen ones" in run("clip", *common, "--steps", 2)
-    run("noise_predictor", *common, "--steps", 2, "--prediction", "sample", "--zero-terminal-snr", "--unconditional")
+    clip.main(work=work, data=folder, size=32, steps=2)
+    kind: dict[str, Any] = {"prediction": "sample", "zero_terminal_snr": True, "unconditional": True}
+    noise_predictor.main(work=work, data=folder, size=32, steps=2, **kind)
+    printed = capsys.readouterr().out
+    assert "PSNR of 3 unseen pictures" in printed and "nearest among 3 unseen ones" in printed
+
     sd = StableDiffusion.from_pretrained(work / "model", device="cpu")
     assert (sd.schedule.prediction_type, sd.schedule.rescale_betas_zero_snr) == ("sample", True)
     assert sd.unet.config.sample_size == 4 and sd.tokenizer("colour number 7").input_ids[1:-1]
     assert sd.text_to_image("colour number 7", num_inference_steps=2, seed=0).images[0].size == (32, 32)
 
-    # From there with another rate: a VAE that goes on from it stays what it is where nothing moves it.
-    still = ["--factor", 8, "--steps", 1, "--decoder-steps", 1, "--batch-size", 2, "--learning-rate", 1e-9]
-    run("autoencoder", *common[:4], "--work", tmp_path / "more", *still, "--init", work / "vae")
+    # A VAE that goes on from it stays what it is where nothing moves it.
+    autoencoder.main(work=tmp_path / "more", steps=1, learning_rate=1e-9, init=work / "vae", **vae_options)
     again = loading.load_vae(tmp_path / "more" / "vae").state_dict()
     assert all(torch.allclose(again[name], value, atol=1e-3) for name, value in vae.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("command", "options", "message"),
     [
-        ("clip", ["--size", 60], "--size: expected a multiple of 8"),
-        ("noise_predictor", ["--zero-terminal-snr", "--prediction", "epsilon"], "of noise alone epsilon says nothing"),
-        ("noise_predictor", ["--prediction", "noise"], "prediction_type: expected one of"),
-        ("noise_predictor", ["--beta-schedule", "cosine"], "beta_schedule"),
+        (autoencoder, {"factor": 6}, "--factor: expected 4 or 8"),
+        (autoencoder, {"size": 60, "factor": 8}, "--factor: expected 4 or 8, which divides --size"),
+        (autoencoder, {"data": Path("somewhere"), "scenes": 64}, "--scenes: does nothing with --data"),
+        (autoencoder, {"discriminator_start": 5}, "discriminator_start: does nothing without discriminator_weight"),
+        (clip, {"size": 60}, "--size: expected a multiple of 8"),
+        (noise_predictor, {"zero_terminal_snr": True, "prediction": "epsilon"}, "of noise alone epsilon says nothing"),
+        (noise_predictor, {"prediction": "noise"}, "prediction_type: expected one of"),
+        (noise_predictor, {"beta_schedule": "cosine"}, "beta_schedule"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(name: str, options: list[object], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"finetune.pretrain.{name}", "--work", str(tmp_path), *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and message in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+def test_options_that_mean_nothing_are_refused(
+    command: ModuleType, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises((typer.BadParameter, ConfigError), match=message):
+        command.main(work=tmp_path, **options)
     assert not list(tmp_path.iterdir())

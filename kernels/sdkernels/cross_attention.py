@@ -103,6 +103,7 @@ def cross_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, with_
         *strides_of(q, k, v),
         scale * LOG2_E,
         queries,
+        EVEN=n % tiles["BQ"] == 0,
         **head_constants(q, k, v),
         **_parts(m),
         **tiles,

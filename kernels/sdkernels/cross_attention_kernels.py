@@ -40,11 +40,12 @@ def cross_attention_forward_kernel(
     M2: tl.constexpr,
     BQ: tl.constexpr,
     ALIGN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """q [B, N, H, D], k and v [B, M, H, D] by strides, o [B, N, H, D], lse [B, H, N] in base 2 or None.
 
     A program: ``queries`` queries of one head, BQ at a time. ``scale`` counts in base 2 and is positive. The keys are
-    parts of M1 and M2 rows; the first is full if there is a second.
+    parts of M1 and M2 rows; the first is full if there is a second. EVEN: N is a multiple of BQ.
     """
     # Which queries of which head.
     chunks = tl.cdiv(N, queries)
@@ -66,7 +67,7 @@ def cross_attention_forward_kernel(
 
     for start in range(first_query, min(N, first_query + queries), BQ):
         # Load queries.
-        q1, q2 = load_head(q_ptr + tl.cast(start, tl.int64) * q_n, row, q_n, N - start, D, D1, D2, False)
+        q1, q2 = load_head(q_ptr + tl.cast(start, tl.int64) * q_n, row, q_n, N - start, D, D1, D2, EVEN)
 
         # Scores of all keys, and their maximum. As scale is positive, it may be scaled in place of them.
         p1 = masked_scores(q1, q2, k1, k2, M, D2, M1, M2 > 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.pretrain.own_pictures import image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.pictures import SIZE, from_bytes, training_pictures
+from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, from_bytes, training_pictures
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import sample_scenes
 from finetune.seeds import step_generator
@@ -37,7 +37,6 @@ WIDTHS = (32, 64, 96, 128)
 KL_WEIGHT = 1e-6
 WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
 TEST_SEED = 1_000_001
-SCENES = 32_000
 UNSEEN = 256  # renders that are measured and never trained on
 
 
@@ -163,9 +162,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Checkpoints, sheets and rendered pictures.")] = Path("build/tabletop"),
     data: Annotated[Path | None, typer.Option(help="A folder of pictures, instead of tabletop renders.")] = None,
     init: Annotated[Path | None, typer.Option(help="A VAE of this kind to go on from; else from nothing.")] = None,
-    scenes: Annotated[
-        int, typer.Option(help="Tabletop scenes to render; half as many siblings more.", min=64)
-    ] = SCENES,
+    scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures.", min=16)] = SIZE,
     factor: Annotated[int, typer.Option(help="How much smaller latents are: 4 or 8.")] = 4,
     steps: Annotated[int, typer.Option(help="Training steps of the whole VAE.", min=1)] = 4200,

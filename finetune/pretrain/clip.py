@@ -2,8 +2,9 @@
 tabletop pictures or on your own with their captions.
 
 A small byte-pair vocabulary is learned from captions and saved as a CLIP tokenizer. In the later part, half of each
-batch are pairs of scenes that differ in one thing, so that telling them apart needs who is which colour and who stands
-where. The text projection is the identity: the text's embedding is the final hidden state at its end token.
+batch are pairs of scenes that differ in one thing, and each picture is told from its own caption with colours or sides
+exchanged (as in NegCLIP, arXiv 2210.01936), so that it takes who is which colour and who stands where. The text
+projection is the identity: the text's embedding is the final hidden state at its end token.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from finetune.pretrain.own_pictures import OwnPictures, TrainingPictures, image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.captions import captions, single_prompt
-from finetune.pretrain.world.pictures import SIZE, training_pictures
+from finetune.pretrain.world.captions import WRONG, captions, single_prompt, wrong_captions
+from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, SHAPES, Scenes, equivalent_key, sample_scenes
 from finetune.seeds import step_generator
@@ -124,14 +125,16 @@ def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
 
 
 def contrast(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross entropy of matching row i of ``image`` with row i of ``text``; both unit [B, D]."""
+    """Symmetric cross entropy of matching row i of ``image`` [B, D] with row i of ``text`` [B + W, D], all of them
+    unit; the last W texts belong to no image."""
     logits = logit_scale.exp().clamp(max=100) * image @ text.T
     target = torch.arange(len(logits))
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(image)].T, target))
 
 
 class ContrastiveLoss(nn.Module):
-    """forward((pictures [B, 3, H, W], token ids [B, N])) -> the loss of both towers; row i belongs to row i."""
+    """forward((pictures [B, 3, H, W], token ids [B + W, N])) -> the loss of both towers; row i belongs to row i, the
+    last W rows to none."""
 
     def __init__(self, model: CLIPModel) -> None:
         super().__init__()
@@ -145,8 +148,8 @@ class ContrastiveLoss(nn.Module):
 
 
 def draw_batch(pictures: TrainingPictures, tokenizer: CLIPTokenizer, pairs: bool, step: int) -> tuple[Tensor, Tensor]:
-    """Pictures and the token ids of their captions; under ``pairs``, where there are such, half of them differ in one
-    thing from another."""
+    """Pictures and the token ids of their captions; under ``pairs``, where there are such, half of the pictures differ
+    in one thing from another, and wrong captions follow the right ones."""
     rng, singles = step_generator(RUN, step), len(pictures) - pictures.pairs
     if singles < 2 * BATCH:  # of few, none is drawn twice: it would have to be told from itself
         index = torch.randperm(singles, generator=rng)[:BATCH]
@@ -156,7 +159,10 @@ def draw_batch(pictures: TrainingPictures, tokenizer: CLIPTokenizer, pairs: bool
         pair = torch.randperm(pictures.pairs, generator=rng)[:PAIRS]
         index[: 2 * PAIRS] = torch.cat([pair, pair + len(pictures) - pictures.pairs])
 
-    texts = pictures.captions(index, seed=int(torch.randint(2**31, (), generator=rng)))
+    seed = int(torch.randint(2**31, (), generator=rng))
+    texts = pictures.captions(index, seed)
+    if pairs and isinstance(pictures, Pictures):
+        texts += [text for text in wrong_captions(pictures.scenes[index], seed) if text]
     return pictures.pixels(index), tokenize(tokenizer, texts)
 
 
@@ -210,6 +216,27 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, count: int = 256, size
     return ((images @ texts.T).argmax(1) == right).float().mean().item()
 
 
+@torch.no_grad()
+def binding(model: CLIPModel, tokenizer: CLIPTokenizer, count: int = 512, size: int = SIZE) -> dict[str, float]:
+    """How often a picture of two objects is nearer to its caption than to the same with one kind of thing wrong (see
+    `finetune.pretrain.world.captions.wrong_captions`; chance: 0.5)."""
+    scenes = sample_scenes(count, TEST_SEED, counts=(0.0, 1.0, 0.0), held_out="include")
+    pixels = render(scenes, size).images * 2 - 1
+    image = torch.cat([embed_images(model, part) for part in pixels.split(64)])
+
+    def likeness(texts: list[str]) -> Tensor:
+        parts = [texts[start : start + 64] for start in range(0, count, 64)]
+        return (image * torch.cat([embed_text(model.text_model, tokenize(tokenizer, part)) for part in parts])).sum(1)
+
+    shares: dict[str, float] = {}
+    right = likeness(captions(scenes, TEST_SEED))
+    for kind in WRONG:
+        wrong = wrong_captions(scenes, TEST_SEED, [kind])
+        there = torch.tensor([bool(text) for text in wrong])
+        shares[kind] = (right > likeness(wrong))[there].float().mean().item()
+    return shares
+
+
 def write_towers(model: CLIPModel, folder: Path) -> None:
     """Write the text encoder for `load_text_encoder`, and ``image_encoder/`` as transformers reads it."""
     from transformers import CLIPVisionModelWithProjection
@@ -226,6 +253,7 @@ def write_towers(model: CLIPModel, folder: Path) -> None:
 def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures, checkpoints, results.")] = Path("build/tabletop"),
     data: Annotated[Path | None, typer.Option(help="A folder of pictures with captions, not tabletop renders.")] = None,
+    scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures, a multiple of 8.", min=16)] = SIZE,
     steps: Annotated[int, typer.Option(help="Training steps of at most 128 pictures.", min=1)] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
@@ -233,10 +261,12 @@ def main(
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""
     if size % 8:
         raise typer.BadParameter(f"--size: expected a multiple of 8, the image encoder's patch, found {size}")
+    if data is not None and scenes != SCENES:
+        raise typer.BadParameter("--scenes: does nothing with --data")
     torch.manual_seed(0)
     unseen: OwnPictures | None = None
     if data is None:
-        pictures = training_pictures(work, size=size)
+        pictures = training_pictures(work, scenes, scenes // 2, size)
     else:
         pictures, unseen = image_folder(data, size)
 
@@ -264,6 +294,8 @@ def main(
     if unseen is None:
         found = retrieval(model, tokenizer, size=size)
         print(f"named right among {len(COLORS) * len(SHAPES)}: {100 * zero_shot(model, tokenizer, size=size):.1f} %")
+        for kind, share in binding(model, tokenizer, size=size).items():
+            print(f"told from its caption with wrong {kind}: {100 * share:.1f} %")
     else:
         found = retrieval_among(model, tokenizer, unseen.pixels(torch.arange(len(unseen))), unseen.texts)
     print(f"nearest among {64 if unseen is None else len(unseen)} unseen ones: the right picture to a caption ", end="")

@@ -30,7 +30,7 @@ import sdkernels
 from finetune.pretrain.clip import load_text_encoder, tokenize
 from finetune.pretrain.own_pictures import TrainingPictures, image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.pictures import SIZE, training_pictures
+from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, training_pictures
 from finetune.seeds import step_generator
 from finetune.training.averaging import in_place_of
 from finetune.training.min_snr import min_snr_weight
@@ -237,6 +237,7 @@ def main(
         "build/tabletop"
     ),
     data: Annotated[Path | None, typer.Option(help="A folder of pictures with captions, not tabletop renders.")] = None,
+    scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures.", min=16)] = SIZE,
     init: Annotated[Path | None, typer.Option(help="A model of this kind to go on from; else from nothing.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 13_600,
@@ -251,13 +252,15 @@ def main(
     """Train the noise predictor and write the model to WORK/model; a killed run goes on where it stopped."""
     if zero_terminal_snr and prediction == "epsilon":
         raise typer.BadParameter("--zero-terminal-snr: of noise alone epsilon says nothing; predict v or the sample")
+    if data is not None and scenes != SCENES:
+        raise typer.BadParameter("--scenes: does nothing with --data")
     schedule = NoiseSchedule(
         prediction_type=prediction, beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_terminal_snr
     )
 
     # Pictures as latents.
     torch.manual_seed(0)
-    pictures = training_pictures(work, size=size) if data is None else image_folder(data, size)[0]
+    pictures = training_pictures(work, scenes, scenes // 2, size) if data is None else image_folder(data, size)[0]
     vae = loading.load_vae(work / "vae", dtype=torch.float32)
     folder = work / "unet"
     folder.mkdir(parents=True, exist_ok=True)

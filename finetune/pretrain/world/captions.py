@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from finetune.pretrain.world.scenes import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES, TABLES, Scenes, relations
 
@@ -66,6 +70,34 @@ def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
     return [
         _caption(rng, full, count, TABLES[table], related, *attributes) for count, table, related, attributes in rows
     ]
+
+
+WRONG = ("sides", "colours", "colour")
+"""What `wrong_captions` has wrong: how objects stand to each other, who has which colour, a colour."""
+
+
+def wrong_captions(scenes: Scenes, seed: int, kinds: Sequence[str] = WRONG) -> list[str]:
+    """For each scene the words of `captions` with one thing wrong, of these kinds; "" where none of them can be.
+
+    Sides are exchanged where the caption states them, colours where two shapes have them; half of the time the next
+    kind that can be is taken instead.
+    """
+    swapped = torch.arange(scenes.color.shape[1])
+    swapped[:2] = torch.tensor([1, 0])
+    unlike = (scenes.count > 1) & (scenes.shape[:, 0] != scenes.shape[:, 1])  # of two cubes both orders are true
+    others = {
+        "sides": replace(scenes, position=-scenes.position),  # which turns every relation round
+        "colours": replace(scenes, color=torch.where(unlike[:, None], scenes.color[:, swapped], scenes.color)),
+        "colour": replace(scenes, color=torch.where(scenes.color < 0, -1, (scenes.color + 1) % len(COLORS))),
+    }
+    right, wrong = captions(scenes, seed), [captions(others[kind], seed) for kind in kinds]
+
+    rng = random.Random(seed)
+    chosen: list[str] = []
+    for true, options in zip(right, zip(*wrong, strict=True), strict=True):
+        different = [text for text in options if text != true]
+        chosen.append(different[int(len(different) > 1 and rng.random() < 0.5)] if different else "")
+    return chosen
 
 
 def _caption(

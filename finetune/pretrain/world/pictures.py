@@ -20,6 +20,7 @@ from finetune.pretrain.world.scenes import Scenes, sample_scenes, siblings
 from sdkit.files import write_text
 
 SIZE = 64
+SCENES, SCENES_HELP = 32_000, "Tabletop scenes to render; half as many siblings more."
 TRAINING_SEED = 1
 CHUNK = 128
 
@@ -49,7 +50,7 @@ class Pictures:
         return self.scenes.count
 
 
-def training_pictures(folder: Path, scenes: int = 32_000, pairs: int = 16_000, size: int = SIZE) -> Pictures:
+def training_pictures(folder: Path, scenes: int = SCENES, pairs: int = SCENES // 2, size: int = SIZE) -> Pictures:
     """The training set; held-out pairs of colour and shape are not in it. Rendered on the first call."""
     base = sample_scenes(scenes, TRAINING_SEED, held_out="exclude")
     both = Scenes.cat([base, siblings(base[torch.arange(pairs)], TRAINING_SEED)])

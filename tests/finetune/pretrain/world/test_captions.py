@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from finetune.pretrain.world.captions import WORDS, captions, pair_prompt, single_prompt
+from finetune.pretrain.world.captions import WORDS, WRONG, captions, pair_prompt, single_prompt, wrong_captions
 from finetune.pretrain.world.scenes import COLORS, MATERIALS, SHAPES, SIZES, sample_scenes
 from tests.finetune.pretrain.world.drawn import pairs
 
@@ -53,3 +53,40 @@ def test_plain_captions_are_common() -> None:
     assert single_prompt("orange", "cone") == "an orange cone"
     assert pair_prompt(("red", "sphere"), ("blue", "cube")) == "a red sphere and a blue cube"
     assert pair_prompt(("red", "sphere"), ("blue", "cube"), "front") == "a red sphere in front of a blue cube"
+
+
+def named(caption: str) -> list[tuple[str, str]]:
+    return [(color, SYNONYM[noun]) for color, noun in NOUN.findall(caption)]
+
+
+def test_wrong_captions_have_one_thing_exchanged_and_the_other_words() -> None:
+    scenes = sample_scenes(600, 11)
+    rows = zip(captions(scenes, 12), *(wrong_captions(scenes, 12, [kind]) for kind in WRONG), strict=True)
+    sides = {"left": "right", "right": "left", "front of": "behind", "behind": "front of"}
+    counts = dict.fromkeys(WRONG, 0)
+    for k, (right, *wrong) in enumerate(rows):
+        true, several = pairs(scenes[k : k + 1]), int(scenes.count[k]) > 1
+        for kind, text in zip(WRONG, wrong, strict=True):
+            counts[kind] += bool(text)
+            assert text != right and "  " not in text
+        of_sides, of_colours, of_colour = wrong
+
+        if of_sides:  # the objects are the same, and where they stand is turned round
+            assert several and sorted(named(of_sides)) == sorted(true)
+            assert any(a in right and b in of_sides for a, b in sides.items()), (right, of_sides)
+        if of_colours:  # shapes and colours are the same, and who has which is not
+            colours, shapes = zip(*named(of_colours), strict=True)
+            assert several and (sorted(colours), sorted(shapes)) == tuple(map(sorted, zip(*true, strict=True)))
+            assert sorted(named(of_colours)) != sorted(true)
+        assert sorted(shape for _, shape in named(of_colour)) == sorted(shape for _, shape in true)
+        assert not {*true} & {*named(of_colour)} or several
+    assert counts["sides"] > 100 and counts["colours"] > 200 and counts["colour"] == 600
+
+
+def test_a_wrong_caption_is_there_for_every_scene_and_of_every_kind() -> None:
+    scenes = sample_scenes(400, 13, counts=(0.0, 1.0, 0.0))
+    wrong, each = wrong_captions(scenes, 14), [wrong_captions(scenes, 14, [kind]) for kind in WRONG]
+    assert all(wrong) and all(text in options for text, *options in zip(wrong, *each, strict=True))
+    taken = [sum(a == b for a, b in zip(wrong, own, strict=True)) for own in each]
+    assert min(taken) > 20, taken
+    assert wrong_captions(scenes, 14) == wrong

@@ -13,15 +13,18 @@ import pytest
 from bench.record import FOLDER, Record
 
 MANY = 25
-_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _record = Record(Path(os.environ.get("OUT") or FOLDER))
 _passed: list[str] = []
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Under xdist the process that hands out the tests enters them, and its workers nothing."""
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.unregister(name=__name__)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called for setup, call and teardown of each test; under xdist the process that hands them out enters them."""
-    if _IS_WORKER:
-        return
+    """Called for setup, call and teardown of each test."""
     if report.failed:
         message = str(report.longrepr).splitlines()
         _record.add("test", name=report.nodeid, outcome="failed", when=report.when, message=message[-30:])
@@ -33,8 +36,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish() -> None:
     """The rest."""
-    if not _IS_WORKER:
-        _flush()
+    _flush()
 
 
 def _flush() -> None:

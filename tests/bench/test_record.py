@@ -24,7 +24,7 @@ def test_rows_are_appended_and_a_line_that_was_cut_off_is_left_out(tmp_path: Pat
 
 
 def test_tests_are_entered_as_they_end(tmp_path: Path) -> None:
-    """Under xdist too, and with what pytest says of a failure."""
+    """Under xdist too, in one of whose workers this runs, and with what pytest says of a failure."""
     (tmp_path / "test_some.py").write_text(
         "import pytest\n@pytest.mark.parametrize('k', range(30))\ndef test_passes(k): pass\n"
         "def test_fails(): assert 1 == 2, 'the reason'\n"
@@ -32,8 +32,8 @@ def test_tests_are_entered_as_they_end(tmp_path: Path) -> None:
     )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "-p", "bench.pytest_record"]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    subprocess.run(command, cwd=tmp_path, env=ours | {"PYTHONPATH": paths, "OUT": str(tmp_path)}, capture_output=True)
+    ours = os.environ | {"PYTHONPATH": paths, "OUT": str(tmp_path), "PYTEST_XDIST_WORKER": "gw0"}
+    subprocess.run(command, cwd=tmp_path, env=ours, capture_output=True)
     record = Record(tmp_path)
     assert sum(row["count"] for row in record.rows("tests passed")) == 30
     failed = {row["name"].rpartition("::")[2]: row for row in record.rows("test")}

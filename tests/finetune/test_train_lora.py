@@ -452,7 +452,7 @@ from sdkit.networks.text_encoder import build_text_encoder
 from sdkit.prompts.tokenizer import clip_tokenizer
 from tests.conftest import read_image
 
-def random_model(name, device, dtype):
+def random_model(name, device, dtype, graphs):
     preset = read_preset("sd1")
     return StableDiffusion(Components(
         UNet2DConditionModel.from_config(preset["unet"]), AutoencoderKL.from_config(preset["vae"]),

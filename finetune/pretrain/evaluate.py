@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
-from finetune.pretrain.clip import build, retrieval
+from finetune.pretrain.clip import binding, build, retrieval, zero_shot
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
 from finetune.pretrain.world.captions import WORDS, captions, pair_prompt
 from finetune.pretrain.world.pictures import SIZE
@@ -181,6 +181,18 @@ def reconstruct_clip(model: Path) -> tuple[Any, Any]:
     return clip.float().eval(), tokenizer
 
 
+def of_towers(clip: Any, tokenizer: Any) -> dict[str, float]:
+    """How well pictures and captions find each other, in per cent."""
+    found = retrieval(clip, tokenizer)
+    figures = {
+        "caption retrieval among 64 distinct scenes": found.picture,
+        "picture retrieval among them": found.caption,
+        f"one object named among {len(COLORS) * len(SHAPES)}": zero_shot(clip, tokenizer),
+    }
+    figures |= {f"told from the caption with wrong {kind}": share for kind, share in binding(clip, tokenizer).items()}
+    return {name: 100 * value for name, value in figures.items()}
+
+
 def table(runs: Sequence[dict[str, float]], seeds: Sequence[int]) -> str:
     """A Markdown table, a row a figure, a column a seed."""
     lines = ["| per cent | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---|" + "---|" * len(seeds)]
@@ -216,10 +228,9 @@ def main(
         print(table(runs[-1:], [seed]), flush=True)
 
     clip, tokenizer = reconstruct_clip(model)
-    once = {
-        "VAE: PSNR of unseen renders, dB": mean_psnr(sd.vae, unseen_renders()),
-        "CLIP: caption retrieval among 64 distinct scenes, per cent": 100 * retrieval(clip, tokenizer).picture,
-    } | {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
+    once = {"VAE: PSNR of unseen renders, dB": mean_psnr(sd.vae, unseen_renders())}
+    once |= {f"CLIP: {name}, per cent": value for name, value in of_towers(clip, tokenizer).items()}
+    once |= {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
     text = table(runs, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())
     print(text)
 

@@ -42,8 +42,6 @@ def load_head(ptr, rows, stride, count, D: tl.constexpr, D1: tl.constexpr, D2: t
     start = ptr + rows[:, None] * stride + column[None, :]
     if FULL and D1 <= D:
         first = tl.load(start)
-    elif FULL:
-        first = tl.load(start, mask=(column < D)[None, :], other=0.0)
     else:
         first = tl.load(start, mask=(rows < count)[:, None] & (column < D)[None, :], other=0.0)
 
@@ -54,8 +52,6 @@ def load_head(ptr, rows, stride, count, D: tl.constexpr, D1: tl.constexpr, D2: t
         start = ptr + rows[:, None] * stride + column[None, :]
         if FULL and D1 + D2 <= D:
             second = tl.load(start)
-        elif FULL:
-            second = tl.load(start, mask=(column < D)[None, :], other=0.0)
         else:
             second = tl.load(start, mask=(rows < count)[:, None] & (column < D)[None, :], other=0.0)
 

@@ -1,6 +1,6 @@
 """The networks' convolution: it can leave its bias to whoever reads the result, and compute on packed weights.
 
-In float32 on a CPU oneDNN reorders a convolution's weights at every call. In a small network that is a fifth of the
+In float32 on a CPU oneDNN reorders a convolution's weights at every call, which takes a good part of a small network's
 time; `packed` does it once, as torch.compile does where weights are frozen. In bfloat16 nothing is gained, and a large
 network would hold much memory twice for little.
 """
@@ -48,11 +48,11 @@ class Conv2d(nn.Conv2d):
 def packed(network: nn.Module) -> Generator[None]:
     """Let a network's convolutions compute on packed weights inside the block, in which no weight may change.
 
-    Only where it pays: for float32 on an x86 processor, and up to `LARGEST`. Predictions are the same but for the order
-    in which products are added up.
+    Only where it pays: for float32 on an x86 processor, and up to `LARGEST`; and not under autocast, which casts what a
+    packed convolution would take as it is. Predictions are the same but for the order in which products are added up.
     """
     convolutions = [m for m in network.modules() if isinstance(m, Conv2d) and _pays(m.weight)]
-    if sum(conv.weight.nbytes for conv in convolutions) > LARGEST:
+    if torch.is_autocast_enabled("cpu") or sum(conv.weight.nbytes for conv in convolutions) > LARGEST:
         convolutions = []
 
     try:

@@ -68,6 +68,8 @@ def test_weights_are_free_after_an_error_and_gradients_flow_as_ever() -> None:
 
 def test_not_in_bfloat16_nor_where_it_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = Conv2d(4, 8, 3)
+    with torch.autocast("cpu", torch.bfloat16), packed(conv):
+        assert not conv.is_frozen
     with packed(conv.bfloat16()):
         assert not conv.is_frozen
     monkeypatch.setattr(convolution, "LARGEST", conv.float().weight.nbytes - 1)

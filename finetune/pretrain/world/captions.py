@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import torch
+from torch import Tensor
 
-from finetune.pretrain.world.scenes import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES, TABLES, Scenes, relations
+from finetune.pretrain.world.scenes import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES, TABLES, Scenes, alike, relations
 
 WORDS: dict[str, tuple[str, ...]] = {
     "sphere": ("sphere", "ball"),
@@ -25,6 +27,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "black table": ("black table", "black tabletop"),
     "wooden table": ("wooden table", "wood table", "table made of wood"),
 }  # the first word is the plain one and the most frequent
+NUMBERS = {2: ("two", "2"), 3: ("three", "3")}  # of objects that are alike; the word is the more frequent one
+PLURALS = {"box": ("boxes",), "torus": ("tori", "toruses")}  # all others take an s
 PREFIXES = ("a photo of", "a picture of", "an image of", "a render of", "a scene with", "there is", "a still life with")
 RELATION_WORDS = {
     "left": ("to the left of", "left of", "on the left of"),
@@ -34,7 +38,7 @@ RELATION_WORDS = {
 }
 OPPOSITE = {"left": "right", "right": "left", "front": "behind", "behind": "front"}
 BESIDE = ("next to", "beside")
-RELATED = 0.6  # the share of captions of several objects that state a relation
+RELATED = 0.75  # the share of captions of several objects that state a relation
 PLAIN_SINGLE, PLAIN_LIST = 0.4, 0.5  # the share of plain captions among the others
 MENTION = 0.5  # how often an optional attribute is mentioned
 
@@ -53,13 +57,19 @@ def pair_prompt(first: tuple[str, str], second: tuple[str, str], relation: str =
     return f"{single_prompt(*first)} {link} {single_prompt(*second)}"
 
 
+def group_prompt(number: int, color: str, shape: str) -> str:
+    """The plain caption of two or three objects that are alike: "two red spheres"."""
+    return f"{NUMBERS[number][0]} {color} {_plurals(shape)[0]}"
+
+
 def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
     """One true caption for each scene, in lower case; every object's colour and shape are named.
 
-    About 30 % are plain ("a red sphere and a blue cube on a wooden table"); the others draw synonyms, word order,
-    a prefix and which of size, material and table to mention, and 60 % of the captions of several objects state a
-    relation, from the scene's positions. ``full`` captions name every size, material and table, and a relation where
-    one is clear.
+    About a quarter are plain ("a red sphere and a blue cube on a wooden table"); the others draw synonyms, word order,
+    a prefix and which of size, material and table to mention, and 75 % of the captions of several objects state a
+    relation, from the scene's positions. Objects of one colour and shape are named together ("two red spheres"), with
+    the sizes and materials that they share. ``full`` captions name every such size and material, the table, and a
+    relation where one is clear.
     """
     rng = random.Random(seed)
     objects = zip(
@@ -67,20 +77,22 @@ def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
     )
     rows = zip(scenes.count.tolist(), scenes.table.tolist(), relations(scenes).tolist(), objects, strict=True)
 
-    return [
-        _caption(rng, full, count, TABLES[table], related, *attributes) for count, table, related, attributes in rows
+    return [  # each from a seed of its own, so that no caption depends on what the ones before it say
+        _caption(random.Random(rng.getrandbits(64)), full, count, TABLES[table], related, *attributes)
+        for count, table, related, attributes in rows
     ]
 
 
-WRONG = ("sides", "colours", "colour")
-"""What `wrong_captions` has wrong: how objects stand to each other, who has which colour, a colour."""
+WRONG = ("sides", "colours", "colour", "number")
+"""What `wrong_captions` has wrong: how objects stand to each other, who has which colour, a colour, how many are
+alike."""
 
 
 def wrong_captions(scenes: Scenes, seed: int, kinds: Sequence[str] = WRONG) -> list[str]:
-    """For each scene the words of `captions` with one thing wrong, of these kinds; "" where none of them can be.
+    """For each scene the words of `captions` with one thing wrong, of one of these kinds; "" where none of them can be.
 
-    Sides are exchanged where the caption states them, colours where two shapes have them; half of the time the next
-    kind that can be is taken instead.
+    Sides are exchanged where the caption states them, colours where two shapes have them, and there is one more of the
+    last object, or of three alike one less.
     """
     swapped = torch.arange(scenes.color.shape[1])
     swapped[:2] = torch.tensor([1, 0])
@@ -89,6 +101,7 @@ def wrong_captions(scenes: Scenes, seed: int, kinds: Sequence[str] = WRONG) -> l
         "sides": replace(scenes, position=-scenes.position),  # which turns every relation round
         "colours": replace(scenes, color=torch.where(unlike[:, None], scenes.color[:, swapped], scenes.color)),
         "colour": replace(scenes, color=torch.where(scenes.color < 0, -1, (scenes.color + 1) % len(COLORS))),
+        "number": _other_number(scenes),
     }
     right, wrong = captions(scenes, seed), [captions(others[kind], seed) for kind in kinds]
 
@@ -96,8 +109,26 @@ def wrong_captions(scenes: Scenes, seed: int, kinds: Sequence[str] = WRONG) -> l
     chosen: list[str] = []
     for true, options in zip(right, zip(*wrong, strict=True), strict=True):
         different = [text for text in options if text != true]
-        chosen.append(different[int(len(different) > 1 and rng.random() < 0.5)] if different else "")
+        chosen.append(rng.choice(different) if different else "")
     return chosen
+
+
+def _other_number(scenes: Scenes) -> Scenes:
+    """One more of the last object; of three one less, where it is like the one before; else nothing has changed."""
+    rows, last = torch.arange(len(scenes)), scenes.count - 1
+    full = scenes.count == scenes.color.shape[1]
+    less = full & alike(scenes)[:, -2, -1]
+    more = ~full[:, None] & (torch.arange(scenes.color.shape[1]) == last[:, None] + 1)
+
+    def changed(name: str) -> Tensor:
+        values = getattr(scenes, name)
+        values = torch.where(more, values[rows, last, None], values)
+        values[less, -1] = -1
+        return values
+
+    names = ("shape", "color", "size", "material")
+    count = scenes.count + (~full).long() - less.long()
+    return replace(scenes, count=count, **{name: changed(name) for name in names})
 
 
 def _caption(
@@ -111,18 +142,21 @@ def _caption(
     sizes: list[int],
     materials: list[int],
 ) -> str:
-    related = count > 1 and (full or rng.random() < RELATED)
+    groups: dict[tuple[int, int], list[int]] = {}  # the slots of objects of one colour and shape
+    for k in rng.sample(range(count), count):
+        groups.setdefault((colors[k], shapes[k]), []).append(k)
+
+    related = len(groups) > 1 and (full or rng.random() < RELATED)
     mention = 1.0 if full else MENTION
     plain = not full and not related and rng.random() < (PLAIN_LIST if count > 1 else PLAIN_SINGLE)
-    order = rng.sample(range(count), count)
-    names = {
-        k: single_prompt(COLORS[colors[k]], SHAPES[shapes[k]])
-        if plain or (not full and related and rng.random() < 0.2)
-        else _object(rng, mention, COLORS[colors[k]], SHAPES[shapes[k]], SIZES[sizes[k]], MATERIALS[materials[k]])
-        for k in order
-    }
+    names: list[str] = []
+    for (color, shape), slots in groups.items():
+        simple = plain or (not full and related and rng.random() < 0.2)
+        shared = [{SIZES[sizes[k]] for k in slots}, {MATERIALS[materials[k]] for k in slots}]
+        extra = [] if simple else [word for words in shared if len(words) == 1 for word in words]
+        names.append(_objects(rng, mention, len(slots), COLORS[color], SHAPES[shape], extra, simple))
 
-    sentence = _related(rng, names, relation) if related else _list(rng, [names[k] for k in order], plain)
+    sentence = _related(rng, names, list(groups.values()), relation) if related else _list(rng, names, plain)
     if rng.random() >= (1 / 3 if plain else mention):
         place = ""
     else:
@@ -133,27 +167,39 @@ def _caption(
     if place and rng.random() < 0.15:
         return f"{place}, {sentence}"
     prefix = f"{rng.choice(PREFIXES)} " if rng.random() < 0.65 else ""
+    if sentence.startswith(tuple(f"{word} " for words in NUMBERS.values() for word in words)):
+        prefix = prefix.replace("there is", "there are")
     return f"{prefix}{sentence} {place}".strip()
 
 
-def _object(rng: random.Random, mention: float, color: str, shape: str, size: str, material: str) -> str:
-    """A noun phrase: "a small shiny red ball", "a red ball that is small and shiny"."""
-    extra = [_word(rng, word) for word in (size, material) if rng.random() < mention]
+def _objects(
+    rng: random.Random, mention: float, number: int, color: str, shape: str, attributes: list[str], plain: bool
+) -> str:
+    """A noun phrase: "a small shiny red ball", "a red ball that is small and shiny", "two shiny red balls"."""
+    if plain:
+        return single_prompt(color, shape) if number == 1 else group_prompt(number, color, shape)
+
+    extra = [_word(rng, word) for word in attributes if rng.random() < mention]
     noun = _word(rng, shape)
+    if number > 1:
+        noun = rng.choice(_plurals(noun))
     if extra and rng.random() < 0.08:
-        return f"{article(color)} {color} {noun} that is {' and '.join(extra)}"
+        words, clause = [color], f" that {'is' if number == 1 else 'are'} {' and '.join(extra)}"
+    else:
+        words, clause = [*extra, color], ""
+        if rng.random() < 0.15:
+            rng.shuffle(words)
 
-    words = extra + [color]
-    if rng.random() < 0.15:
-        rng.shuffle(words)
-    return f"{article(words[0])} {' '.join(words)} {noun}"
+    how_many = article(words[0]) if number == 1 else NUMBERS[number][rng.random() < 0.2]
+    return f"{how_many} {' '.join(words)} {noun}{clause}"
 
 
-def _related(rng: random.Random, names: dict[int, str], relation: list[list[int]]) -> str:
-    """Two objects in their true relation, and a third one beside it; a list where none is clear."""
-    order = list(names)
-    for a, b in ((order[i], order[j]) for i in range(len(order)) for j in range(i + 1, len(order))):
-        how = RELATIONS[relation[a][b]]
+def _related(rng: random.Random, names: list[str], groups: list[list[int]], relation: list[list[int]]) -> str:
+    """Two groups of slots in their true relation, and a third one beside it; a list where none is clear."""
+    order = range(len(groups))
+    for a, b in combinations(order, 2):
+        kinds = {relation[i][j] for i in groups[a] for j in groups[b]}
+        how = RELATIONS[kinds.pop()] if len(kinds) == 1 else None
         if how is None:
             continue
         sentence = _relate(rng, names[a], names[b], how)
@@ -161,7 +207,7 @@ def _related(rng: random.Random, names: dict[int, str], relation: list[list[int]
         if not rest:
             return sentence
         return f"{sentence}, with {rest[0]}" if rng.random() < 0.6 else f"{rest[0]}, and {sentence}"
-    return _list(rng, list(names.values()), False)
+    return _list(rng, names, False)
 
 
 def _relate(rng: random.Random, a: str, b: str, how: str) -> str:
@@ -184,6 +230,11 @@ def _word(rng: random.Random, plain: str) -> str:
     """A synonym; the plain word in 60 % of the cases."""
     words = WORDS[plain]
     return plain if len(words) == 1 or rng.random() < 0.6 else rng.choice(words[1:])
+
+
+def _plurals(noun: str) -> tuple[str, ...]:
+    """How several of them are called."""
+    return PLURALS.get(noun, (f"{noun}s",))
 
 
 def article(word: str) -> str:

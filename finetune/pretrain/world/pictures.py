@@ -21,6 +21,7 @@ from sdkit.files import write_text
 
 SIZE = 64
 SCENES, SCENES_HELP = 32_000, "Tabletop scenes to render; half as many siblings more."
+COUNTS, REPEATS = (0.35, 0.5, 0.15), 0.2  # how many have one, two and three objects; of those of several, alike ones
 TRAINING_SEED = 1
 CHUNK = 128
 
@@ -52,7 +53,7 @@ class Pictures:
 
 def training_pictures(folder: Path, scenes: int = SCENES, pairs: int = SCENES // 2, size: int = SIZE) -> Pictures:
     """The training set; held-out pairs of colour and shape are not in it. Rendered on the first call."""
-    base = sample_scenes(scenes, TRAINING_SEED, held_out="exclude")
+    base = sample_scenes(scenes, TRAINING_SEED, COUNTS, held_out="exclude", repeats=REPEATS)
     both = Scenes.cat([base, siblings(base[torch.arange(pairs)], TRAINING_SEED)])
 
     name = f"pictures-{scenes}-{pairs}-{size}"

@@ -90,25 +90,31 @@ def sample_scenes(
     seed: int | torch.Generator,
     counts: tuple[float, float, float] = (0.45, 0.4, 0.15),
     held_out: str = "exclude",
+    repeats: float = 0.0,
 ) -> Scenes:
     """Draw n valid scenes (see ``valid``) on the CPU; the seed decides everything.
 
     Args:
         counts: how likely one, two and three objects are.
         held_out: "exclude" leaves the pairs of HELD_OUT out; "only" makes each scene's first object one of them and the
-            others ordinary; "include" draws from all pairs. The objects of one scene are different pairs.
+            others ordinary; "include" draws from all pairs.
+        repeats: how many of the scenes of several objects have the same pair of colour and shape twice, or three
+            times; in the others all objects are different pairs.
 
     Raises:
-        ValueError: for another word, or if places cannot be found.
+        ValueError: for another word, a share that is none, or if places cannot be found.
     """
     if held_out not in ("exclude", "only", "include"):
         raise ValueError(f'held_out is "exclude", "only" or "include", not {held_out!r}')
+    if not 0 <= repeats <= 1:
+        raise ValueError(f"repeats is a share from 0 to 1, not {repeats!r}")
 
     g = _generator(seed)
     weights = torch.tensor(counts, dtype=torch.float32)
     draws = torch.rand(n, generator=g)
     count = 1 + torch.searchsorted(weights.cumsum(0) / weights.sum(), draws, right=True).clamp_max(2)
-    return _place(_unplaced(count, _draw_pairs(n, held_out, g), g), g)
+    scenes = _unplaced(count, _draw_pairs(n, held_out, g), g)
+    return _place(_repeated(scenes, repeats, g) if repeats else scenes, g)
 
 
 def _draw_pairs(n: int, held_out: str, g: torch.Generator) -> Tensor:
@@ -151,6 +157,30 @@ def _unplaced(count: Tensor, pair: Tensor, g: torch.Generator) -> Scenes:
         light=torch.cat([uniform(-0.12, 0.12, n, 2), uniform(0.85, 1.1, n, 1)], 1),
         shade=uniform(0.90, 1.06, n, 3, 1) * uniform(0.96, 1.03, n, 3, 3),
         grain=uniform(0, 1, n, 2),
+    )
+
+
+def _repeated(scenes: Scenes, share: float, g: torch.Generator) -> Scenes:
+    """The second object of this share of the scenes of several made like the first; of three objects also the third,
+    half of the time. Half of the time they are as large and as shiny as the first, too."""
+    n = len(scenes)
+    chosen = (torch.rand(n, generator=g) < share) & (scenes.count > 1)
+    third = (torch.rand(n, generator=g) < 0.5) & (scenes.count > 2)
+    whole = torch.rand(n, generator=g) < 0.5
+    like = torch.stack([torch.zeros(n, dtype=torch.bool), chosen, chosen & third], 1)
+
+    def copied(name: str, where: Tensor) -> Tensor:
+        values = getattr(scenes, name)
+        return torch.where(where, values[:, :1], values)
+
+    radius = torch.tensor(RADIUS)[copied("size", like & whole[:, None]).clamp_min(0)]
+    return replace(
+        scenes,
+        shape=copied("shape", like),
+        color=copied("color", like),
+        size=copied("size", like & whole[:, None]),
+        material=copied("material", like & whole[:, None]),
+        radius=scenes.radius * radius / torch.tensor(RADIUS)[scenes.size.clamp_min(0)],
     )
 
 
@@ -222,12 +252,18 @@ def equivalent_key(scenes: Scenes) -> list[Hashable]:
 
 
 def _key(scenes: Scenes) -> Tensor:
-    """Table, the objects' attributes in sorted order, and their relations in that order, ``[B, 7]`` int64."""
+    """Table, the objects' attributes in sorted order, and their relations in that order, ``[B, 7]`` int64.
+
+    Objects that are the same in all attributes stand from left to right, and in no relation.
+    """
     code = ((scenes.shape * len(COLORS) + scenes.color) * len(SIZES) + scenes.size) * len(MATERIALS) + scenes.material
-    code, order = code.masked_fill(scenes.shape < 0, -1).sort(dim=1, descending=True, stable=True)
-    rows = torch.arange(len(scenes))[:, None]
-    pairs = torch.tensor([[0, 0, 1], [1, 2, 2]], device=order.device)
-    related = relations(scenes)[rows.to(order.device), order[:, pairs[0]], order[:, pairs[1]]]
+    code = code.masked_fill(scenes.shape < 0, -1)
+    from_left = scenes.position[..., 0].argsort(dim=1)
+    order = from_left.gather(1, code.gather(1, from_left).argsort(dim=1, descending=True, stable=True))
+    code = code.gather(1, order)
+
+    rows, (i, j) = torch.arange(len(scenes), device=code.device)[:, None], ([0, 0, 1], [1, 2, 2])
+    related = relations(scenes)[rows, order[:, i], order[:, j]].masked_fill(code[:, i] == code[:, j], 0)
     return torch.cat([scenes.table[:, None], code, related], 1)
 
 
@@ -236,7 +272,8 @@ def siblings(scenes: Scenes, seed: int | torch.Generator) -> Scenes:
 
     Scenes of several objects mostly swap the colours, shapes or places of their first two objects; otherwise, and where
     a swap would change nothing or break a rule, one object's colour, shape, size or material changes, or the table. The
-    result is ``valid``, differs in its ``equivalent_key`` and brings in no held-out pair.
+    result is ``valid``, differs in its ``equivalent_key`` and brings in no held-out pair. Where objects are alike, one
+    of them may also be gone.
     """
     g = _generator(seed)
     n = len(scenes)
@@ -246,10 +283,10 @@ def siblings(scenes: Scenes, seed: int | torch.Generator) -> Scenes:
     edits += [_other_pair(scenes, slot, "color", g), _other_pair(scenes, slot, "shape", g)]
     edits += [_toggle(scenes, slot, "size"), _toggle(scenes, slot, "material")]
     table = (scenes.table + torch.randint(1, len(TABLES), (n,), generator=g)) % len(TABLES)
-    edits.append(replace(scenes, table=table))
+    edits += [replace(scenes, table=table), _fewer(scenes)]
 
     allowed = torch.stack([_is_edit(scenes, edit) for edit in edits], 1)
-    weight = torch.tensor([4.0, 4.0, 5.0, 2.0, 2.0, 1.0, 1.0, 0.7])
+    weight = torch.tensor([4.0, 4.0, 5.0, 2.0, 2.0, 1.0, 1.0, 0.7, 5.0])
     choice = (torch.rand(allowed.shape, generator=g).log() / (weight * allowed)).nan_to_num(-torch.inf).argmax(1)
 
     def pick(name: str) -> Tensor:
@@ -287,15 +324,31 @@ def _other_pair(scenes: Scenes, slot: Tensor, name: str, g: torch.Generator) -> 
     return replace(scenes, **{name: values})
 
 
-def _is_edit(scenes: Scenes, edit: Scenes) -> Tensor:
-    """Whether ``edit`` is a valid scene that differs in meaning and brings in no held-out pair, ``[B]`` bool."""
-    filled = scenes.shape >= 0
-    pair = torch.where(edit.shape >= 0, edit.color * len(SHAPES) + edit.shape, torch.arange(-3, 0))
-    before = torch.where(filled, scenes.color * len(SHAPES) + scenes.shape, -1)
-    new = filled & (pair != before)
-    banned = (_held_out().flatten()[pair.clamp_min(0)] & new).any(1)
+def _fewer(scenes: Scenes) -> Scenes:
+    """The last object gone, where it is like the first; elsewhere nothing has changed."""
+    rows, last = torch.arange(len(scenes)), scenes.count - 1
+    gone = alike(scenes)[rows, 0, last] & (last > 0)
+    empty = gone[:, None] & (torch.arange(3) == last[:, None])
+    names = ("shape", "color", "size", "material")
+    emptied = {name: getattr(scenes, name).masked_fill(empty, -1) for name in names}
+    return replace(scenes, count=scenes.count - gone.long(), **emptied)
 
-    distinct = (pair[:, 0] != pair[:, 1]) & (pair[:, 0] != pair[:, 2]) & (pair[:, 1] != pair[:, 2])
-    whole = ((edit.shape >= 0) == filled).all(1) & ((edit.color >= 0) == filled).all(1)
+
+def alike(scenes: Scenes) -> Tensor:
+    """Whether objects i and j are of the same colour and shape, ``[B, 3, 3]`` bool; nothing is like an empty slot."""
+    pair = scenes.color * len(SHAPES) + scenes.shape
+    filled = scenes.shape >= 0
+    return (pair[:, :, None] == pair[:, None]) & filled[:, :, None] & filled[:, None]
+
+
+def _is_edit(scenes: Scenes, edit: Scenes) -> Tensor:
+    """Whether ``edit`` is a valid scene that differs in meaning, ``[B]`` bool; it brings in no held-out pair, and no
+    objects that are alike."""
+    filled = edit.shape >= 0
+    new = filled & ((edit.shape != scenes.shape) | (edit.color != scenes.color))
+    banned = (_held_out()[edit.color, edit.shape] & new).any(1)  # an empty slot's -1 is no new pair
+    doubled = (alike(edit) & ~alike(scenes)).flatten(1).any(1)
+
+    whole = (filled.sum(1) == edit.count) & ((edit.color >= 0) == filled).all(1)
     differs = (_key(scenes) != _key(edit)).any(1)
-    return whole & distinct & ~banned & differs & valid(edit)
+    return whole & ~doubled & ~banned & differs & valid(edit)

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
-from finetune.pretrain.world.captions import WORDS, WRONG, captions, pair_prompt, single_prompt, wrong_captions
+from finetune.pretrain.world.captions import (
+    PLURALS,
+    WORDS,
+    WRONG,
+    captions,
+    group_prompt,
+    pair_prompt,
+    single_prompt,
+    wrong_captions,
+)
 from finetune.pretrain.world.scenes import COLORS, MATERIALS, SHAPES, SIZES, sample_scenes
 from tests.finetune.pretrain.world.drawn import pairs
 
@@ -55,6 +65,47 @@ def test_plain_captions_are_common() -> None:
     assert pair_prompt(("red", "sphere"), ("blue", "cube"), "front") == "a red sphere in front of a blue cube"
 
 
+def test_objects_that_are_alike_are_named_together() -> None:
+    scenes = sample_scenes(1500, 17, counts=(0.0, 0.5, 0.5), repeats=1.0)
+    numbers, seen = (
+        {"two": 2, "2": 2, "three": 3, "3": 3},
+        dict.fromkeys(("two", "2", "three", "3", "tori", "boxes"), 0),
+    )
+    plural = {name: shape for shape in SHAPES for word in WORDS[shape] for name in PLURALS.get(word, (f"{word}s",))}
+    group = re.compile(rf"\b({'|'.join(numbers)}) ([a-z ]*?)\b({'|'.join(plural)})\b")
+    for i, caption in enumerate(captions(scenes, 18)):
+        words = caption.split()
+        seen |= {word: seen[word] + (word in words) for word in seen}
+        ((number, adjectives, noun),) = group.findall(caption)
+        expected = Counter(pairs(scenes[i : i + 1]))
+        ((color, shape), count) = expected.most_common(1)[0]
+        assert (numbers[number], plural[noun]) == (count, shape) and color in adjectives.split(), caption
+        rest = [(color, SYNONYM[noun]) for color, noun in NOUN.findall(caption)]
+        assert sorted(rest) == sorted(pair for pair, times in expected.items() if times == 1), caption
+        assert "there is two" not in caption and "there are a" not in caption, caption
+
+        alike = [k for k, pair in enumerate(pairs(scenes[i : i + 1])) if pair == (color, shape)]
+        for names, attribute in ((SIZES, scenes.size[i]), (MATERIALS, scenes.material[i])):
+            for k, name in enumerate(names):
+                said = any(word in adjectives.split() for word in WORDS[name])
+                assert not said or attribute[alike].tolist() == [k] * count, caption
+    assert min(seen.values()) > 20, seen
+    assert group_prompt(3, "blue", "cube") == "three blue cubes"
+
+
+def test_a_relation_of_alike_objects_is_true_of_each() -> None:
+    scenes = sample_scenes(3000, 19, counts=(0.0, 0.0, 1.0), repeats=1.0)
+    told = 0
+    for i, caption in enumerate(captions(scenes, 20)):
+        found = re.search(r"(two|2) .* (left|right) of an? ", caption)
+        if found is None:
+            continue
+        told += 1
+        x = scenes.position[i, :, 0]
+        assert (x[:2].max() < x[2]) if found[2] == "left" else (x[:2].min() > x[2]), caption
+    assert told > 10
+
+
 def named(caption: str) -> list[tuple[str, str]]:
     return [(color, SYNONYM[noun]) for color, noun in NOUN.findall(caption)]
 
@@ -69,17 +120,20 @@ def test_wrong_captions_have_one_thing_exchanged_and_the_other_words() -> None:
         for kind, text in zip(WRONG, wrong, strict=True):
             counts[kind] += bool(text)
             assert text != right and "  " not in text
-        of_sides, of_colours, of_colour = wrong
+        of_sides, of_colours, of_colour, of_number = wrong
 
         if of_sides:  # the objects are the same, and where they stand is turned round
             assert several and sorted(named(of_sides)) == sorted(true)
             assert any(a in right and b in of_sides for a, b in sides.items()), (right, of_sides)
-        if of_colours:  # shapes and colours are the same, and who has which is not
+        if of_colours and not re.search("two|2", of_colours):  # the same shapes and colours, otherwise together
             colours, shapes = zip(*named(of_colours), strict=True)
             assert several and (sorted(colours), sorted(shapes)) == tuple(map(sorted, zip(*true, strict=True)))
             assert sorted(named(of_colours)) != sorted(true)
         assert sorted(shape for _, shape in named(of_colour)) == sorted(shape for _, shape in true)
         assert not {*true} & {*named(of_colour)} or several
+        if of_number:
+            assert re.search(r"\b(two|2)\b", of_number) and not re.search(r"\b(two|2)\b", right), (right, of_number)
+    assert counts["number"] == int((scenes.count < 3).sum())
     assert counts["sides"] > 100 and counts["colours"] > 200 and counts["colour"] == 600
 
 

@@ -9,7 +9,16 @@ import torch
 
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.raycast import render
-from finetune.pretrain.world.scenes import HELD_OUT, Scenes, equivalent_key, relations, sample_scenes, siblings, valid
+from finetune.pretrain.world.scenes import (
+    HELD_OUT,
+    Scenes,
+    alike,
+    equivalent_key,
+    relations,
+    sample_scenes,
+    siblings,
+    valid,
+)
 from tests.finetune.pretrain.world.drawn import pairs, same
 
 
@@ -56,6 +65,34 @@ def test_scenes_are_valid_and_have_the_asked_counts() -> None:
     assert not valid(touching).any()
 
 
+def test_repeats_are_objects_of_one_colour_and_shape() -> None:
+    scenes = sample_scenes(2000, 21, counts=(0.2, 0.4, 0.4), repeats=0.5)
+    assert bool(valid(scenes).all()) and not HELD_OUT & set(pairs(scenes))
+    same_pair, several, three = alike(scenes), scenes.count > 1, scenes.count == 3
+    assert abs(same_pair[several, 0, 1].float().mean().item() - 0.5) < 0.04
+    assert abs(same_pair[three, 0, 2].float().mean().item() - 0.25) < 0.05
+    assert not same_pair[~several, 0, 1].any() and not (same_pair[:, 0, 2] & ~same_pair[:, 0, 1]).any()
+    twice = scenes[same_pair[:, 0, 1]]
+    same_size = twice.size[:, 0] == twice.size[:, 1]
+    assert 0.68 < same_size.float().mean().item() < 0.82
+    ratio = (twice.radius[:, 1] / twice.radius[:, 0])[same_size]
+    assert ratio.min() > 0.9 and ratio.max() < 1.11
+    assert not alike(sample_scenes(500, 22))[:, 0, 1].any()
+    with pytest.raises(ValueError, match="repeats"):
+        sample_scenes(1, 0, repeats=1.5)
+
+
+def test_a_sibling_of_alike_objects_may_have_one_less() -> None:
+    scenes = sample_scenes(600, 23, counts=(0.0, 0.6, 0.4), repeats=1.0)
+    others = siblings(scenes, 24)
+    assert bool(valid(others).all())
+    fewer = others.count < scenes.count
+    assert 60 < int(fewer.sum()) < 400 and torch.equal(others.count[fewer], scenes.count[fewer] - 1)
+    assert torch.equal((others.shape >= 0).sum(1), others.count)
+    assert not (alike(others) & ~alike(scenes)).any()
+    assert all(a != b for a, b in zip(equivalent_key(scenes), equivalent_key(others), strict=True))
+
+
 def test_siblings_differ_in_one_thing_and_stay_valid() -> None:
     scenes = sample_scenes(1500, 14)
     others = siblings(scenes, 15)
@@ -72,9 +109,9 @@ def test_siblings_differ_in_one_thing_and_stay_valid() -> None:
 
 
 def test_equal_keys_are_equal_scenes_in_any_slot_order() -> None:
-    scenes = sample_scenes(300, 16, counts=(0.0, 1.0, 0.0))
+    scenes = sample_scenes(300, 16, counts=(0.0, 1.0, 0.0), repeats=0.3)
     order = torch.tensor([1, 0, 2])
     names = ("shape", "color", "size", "material", "position", "yaw", "radius", "shade")
     turned = replace(scenes, **{n: getattr(scenes, n)[:, order] for n in names})
     assert equivalent_key(scenes) == equivalent_key(turned)
-    assert len(set(equivalent_key(scenes))) > 295
+    assert len(set(equivalent_key(scenes))) > 290

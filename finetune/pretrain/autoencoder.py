@@ -32,8 +32,9 @@ from sdkit.images.sheet import contact_sheet
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae import AutoencoderKL
 
-WIDTHS = (32, 64, 96, 128)
-"""Channels of the levels, each half the size of the one before: three of them for f = 4, all for f = 8."""
+WIDTHS = {4: (32, 64, 96), 8: (16, 48, 96, 128)}
+GROUPS = {4: 16, 8: 4}
+"""By factor: channels of the levels, each half the size of the one before, and the groups of their norms."""
 KL_WEIGHT = 1e-6
 WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
 TEST_SEED = 1_000_001
@@ -42,12 +43,12 @@ UNSEEN = 256  # renders that are measured and never trained on
 
 def config(factor: int = 4, size: int = SIZE) -> VAEConfig:
     """A small VAE whose latents are ``factor`` times smaller than its pictures of ``size`` pixels."""
-    levels = factor.bit_length()
+    widths = WIDTHS[factor]
     return VAEConfig(
-        block_out_channels=WIDTHS[:levels],
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        norm_num_groups=16,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        norm_num_groups=GROUPS[factor],
         sample_size=size,
     )
 
@@ -174,7 +175,7 @@ def main(
     discriminator_start: Annotated[int, typer.Option(help="The step from which it counts.", min=0)] = 0,
 ) -> None:
     """Train the VAE; a killed run goes on where it stopped."""
-    if factor not in (4, 8) or size % factor:
+    if factor not in WIDTHS or size % factor:
         raise typer.BadParameter(f"--factor: expected 4 or 8, which divides --size, found {factor} and {size}")
     if data is not None and scenes != SCENES:
         raise typer.BadParameter("--scenes: does nothing with --data")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 WIDTH, HEADS, LAYERS, LENGTH = 128, 4, 3, 77
+PATCHES = 8  # in a row of the picture, whatever its size
 MERGES = 400
 BATCH, PAIRS = 128, 32
 RUN = 5  # number of the run, for `step_generator`
@@ -89,7 +90,7 @@ def build(tokenizer: CLIPTokenizer, size: int = SIZE) -> CLIPModel:
     end = tokenizer.convert_tokens_to_ids(END)
     marks = {"bos_token_id": tokenizer.convert_tokens_to_ids(START), "eos_token_id": end, "pad_token_id": end}
     text = shared | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
-    vision = shared | {"image_size": size, "patch_size": 8}
+    vision = shared | {"image_size": size, "patch_size": size // PATCHES}
 
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     nn.init.eye_(model.text_projection.weight)
@@ -259,8 +260,8 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""
-    if size % 8:
-        raise typer.BadParameter(f"--size: expected a multiple of 8, the image encoder's patch, found {size}")
+    if size % PATCHES:
+        raise typer.BadParameter(f"--size: expected a multiple of {PATCHES}, the patches in a row, found {size}")
     if data is not None and scenes != SCENES:
         raise typer.BadParameter("--scenes: does nothing with --data")
     torch.manual_seed(0)

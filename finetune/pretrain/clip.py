@@ -39,7 +39,7 @@ PATCHES = 8  # in a row of the picture, whatever its size
 MERGES = 400
 BATCH, PAIRS = 128, 32
 RUN = 5  # number of the run, for `step_generator`
-EASY = 0.4  # share of the steps without pairs: from the start they make both towers collapse
+EASY = 0.2  # share of the steps without pairs: from the start they make both towers collapse
 TEST_SEED = 1_000_001
 START, END = "<|startoftext|>", "<|endoftext|>"
 

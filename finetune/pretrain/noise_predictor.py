@@ -68,6 +68,7 @@ SCHEDULER: dict[str, Any] = {  # ddpm: its fresh noise mends early mistakes, suc
 }  # fmt: skip
 BATCH = 32
 RUN, SHEET_RUN = 6, 9  # numbers for `step_generator`: of the run, and of the sheets' noise
+QUIET = 0.35  # of the timesteps: where there is more noise it is decided what stands where
 DROPOUT = 0.1
 GAMMA = 5.0
 FLOOR = 0.4  # least weight of a timestep
@@ -188,8 +189,9 @@ def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw_timesteps(total: int, rng: torch.Generator) -> Tensor:
-    """Timesteps [BATCH], one from each of BATCH equal parts of the schedule, in random order."""
+    """Timesteps [BATCH] in random order, QUIET of them even over the first half, the rest over the second."""
     places = (torch.randperm(BATCH, generator=rng) + torch.rand(BATCH, generator=rng)) / BATCH
+    places = torch.where(places < QUIET, places / QUIET, 1 + (places - QUIET) / (1 - QUIET)) / 2
     return (places * total).long().clamp(max=total - 1)
 
 

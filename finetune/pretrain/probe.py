@@ -18,7 +18,7 @@ import typer
 from torch import Tensor, nn
 
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.pictures import SIZE, Pictures, training_pictures
+from finetune.pretrain.world.pictures import REPEATS, SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from finetune.seeds import step_generator
@@ -27,10 +27,12 @@ from sdkit.checkpoints.tensors import read_state, write_state
 
 WEIGHTS = Path(__file__).parent / "probe.safetensors"
 SLOTS, WIDTH = 3, 128
+CELLS = 16  # in a row
 NONE = len(SHAPES)  # the shape of a slot with no object
 HEADS = {"shape": len(SHAPES) + 1, "color": len(COLORS), "size": len(SIZES), "material": len(MATERIALS), "place": 2}
 PLACE_SCALE = 0.1  # metres
 BATCH = 32
+HELD_OUT_SCENES = 4096
 RUN = 7  # number of the run, for `step_generator`
 TEST_SEED = 3_000_001
 
@@ -47,13 +49,14 @@ def _stage(channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 
 class Probe(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] to logits for three unordered objects and the table."""
+    """Pictures [B, 3, size, size] in [-1, 1] to logits for three unordered objects and the table."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.size = size
+        self.stem = nn.Conv2d(3, 32, 3, stride=size // (4 * CELLS), padding=1)
         self.stages = nn.Sequential(_stage(32, 32, 2), _stage(32, 64, 2), _stage(64, WIDTH, 1))
-        self.position = nn.Parameter(0.1 * torch.randn((SIZE // 4) ** 2, WIDTH))
+        self.position = nn.Parameter(0.1 * torch.randn(CELLS**2, WIDTH))
         self.queries = nn.Parameter(torch.randn(SLOTS, WIDTH))
         layer = nn.TransformerDecoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(WIDTH))
@@ -116,7 +119,7 @@ class Verdict:
 
 @torch.no_grad()
 def look(probe: Probe, pixels: Tensor) -> list[Verdict]:
-    """Judge pictures [B, 3, 64, 64] in [-1, 1]; objects are listed by how sure the probe is of them."""
+    """Judge pictures [B, 3, S, S] in [-1, 1]; objects are listed by how sure the probe is of them."""
     out = {name: value.float() for name, value in probe(pixels).items()}
     names = {"shape": SHAPES, "color": COLORS, "size": SIZES, "material": MATERIALS}
     chances = {name: out[name].softmax(-1) for name in names}
@@ -156,8 +159,8 @@ def accuracy(probe: Probe, count: int = 2048) -> dict[str, float]:
     """
     right: dict[str, list[bool]] = {name: [] for name in ("count", "shape", "color", "size", "material", "table")}
     for part in range(0, count, 64):
-        scenes = sample_scenes(64, TEST_SEED + part, held_out="include")
-        for i, verdict in enumerate(look(probe, render(scenes, SIZE).images * 2 - 1)):
+        scenes = sample_scenes(64, TEST_SEED + part, held_out="include", repeats=REPEATS)
+        for i, verdict in enumerate(look(probe, render(scenes, probe.size).images * 2 - 1)):
             truth = objects_of(scenes, i)
             right["count"].append(len(verdict.objects) == len(truth))
             right["table"].append(verdict.table == TABLES[scenes.table[i]])
@@ -173,10 +176,10 @@ def accuracy(probe: Probe, count: int = 2048) -> dict[str, float]:
     return {name: 100 * sum(values) / len(values) for name, values in right.items()}
 
 
-def load_probe(file: Path = WEIGHTS) -> Probe:
-    """The trained probe. Raises CheckpointError when ``file`` is missing or of another network."""
+def load_probe(file: Path = WEIGHTS, size: int = SIZE) -> Probe:
+    """The trained probe for pictures of ``size``. Raises CheckpointError where ``file`` is missing or does not fit."""
     with torch.device("meta"):
-        probe = Probe()
+        probe = Probe(size)
     return give_weights(probe, read_state(file, torch.float32)[0], str(file))
 
 
@@ -194,15 +197,19 @@ def main(
     work: Annotated[Path, typer.Option(help="Rendered pictures and checkpoints.")] = Path("build/tabletop"),
     output: Annotated[Path, typer.Option(help="Where the trained probe is written.")] = WEIGHTS,
     init: Annotated[Path | None, typer.Option(help="A probe's weights to go on from; else from nothing.")] = None,
+    scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
+    size: Annotated[int, typer.Option(help="Width and height of the pictures, a multiple of 64.", min=64)] = SIZE,
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 12_800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
 ) -> None:
     """Train the probe; a killed run goes on where it stopped."""
+    if size % (4 * CELLS):
+        raise typer.BadParameter(f"--size: expected a multiple of {4 * CELLS}, found {size}")
     torch.manual_seed(0)
-    pictures = training_pictures(work)
-    held_out = sample_scenes(4096, TEST_SEED - 1, held_out="only")  # so that no pair is strange to it
-    extra = render(held_out, SIZE).images * 2 - 1
-    probe = Probe() if init is None else load_probe(init)
+    pictures = training_pictures(work, scenes, scenes // 2, size)
+    held_out = sample_scenes(HELD_OUT_SCENES, TEST_SEED - 1, held_out="only")  # so that no pair is strange to it
+    extra = render(held_out, size).images * 2 - 1
+    probe = Probe(size) if init is None else load_probe(init, size)
 
     def batches(step: int) -> tuple[Tensor, Scenes]:
         return draw_batch(pictures, extra, held_out, step)
@@ -212,7 +219,7 @@ def main(
 
     probe.eval()
     write_state(probe.state_dict(), output, torch.float16)
-    for name, value in accuracy(load_probe(output)).items():
+    for name, value in accuracy(load_probe(output, size)).items():
         print(f"{name:10} {value:.2f} % right on unseen renders")
 
 

@@ -56,3 +56,8 @@ def test_the_loss_reaches_every_parameter() -> None:
     loss, scenes = ProbeLoss(Probe()), sample_scenes(4, 3)
     loss((torch.rand(4, 3, SIZE, SIZE) * 2 - 1, scenes)).backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in loss.parameters())
+
+
+def test_larger_pictures_have_as_many_cells() -> None:
+    out = Probe(128)(torch.zeros(2, 3, 128, 128))
+    assert {name: tuple(x.shape[:2]) for name, x in out.items()} == dict.fromkeys(HEADS, (2, 3)) | {"table": (2, 4)}

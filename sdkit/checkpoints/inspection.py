@@ -149,6 +149,14 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
         version = VERSIONS.get((int(width or 0), int(channels)), f"context width {width}")
         return {"kind": "diffusers folder", "version": version, "pipeline": index.get("_class_name"), "parts": parts}
 
+    if (folder / "companion.json").is_file():
+        facts = inspect_file(folder / "unet.safetensors")
+        return facts | {
+            "kind": "companion folder",
+            "version": "unknown",
+            "config": read_config(folder, "companion.json"),
+        }
+
     if (folder / "adapter_config.json").is_file():
         weights = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
         facts = inspect_file(next((file for file in weights if file.is_file()), weights[0]))

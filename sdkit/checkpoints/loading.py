@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkit.checkpoints.companion_folder import base_of, is_companion, load_companion
 from sdkit.checkpoints.components import Components
 from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
 from sdkit.checkpoints.inspection import inspect_file
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 MODELS = Path(__file__).parents[1] / "models"
-"""The models that ship with us, each a diffusers folder."""
+"""The models that ship with us, each a diffusers folder or a companion of one."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 """Endings of files that hold weights. We write the first alone."""
@@ -59,6 +60,13 @@ FOLDER = Format(
     save_folder,
     options=("variant", *REPLACEABLE),
 )
+COMPANION = Format(
+    "companion folder",
+    lambda kind: kind == "companion folder",
+    load_companion,
+    save_folder,  # whole: what is different is nobody's to work out
+    options=REPLACEABLE,
+)
 SINGLE_FILE = Format(
     "single file",
     lambda kind: kind.endswith("single file") and not kind.startswith("SDXL"),
@@ -67,7 +75,7 @@ SINGLE_FILE = Format(
     suffix=".safetensors",
     options=("preset", "prediction_type", "zero_snr", "use_ema", *REPLACEABLE),
 )
-FORMATS = (FOLDER, SINGLE_FILE)
+FORMATS = (FOLDER, COMPANION, SINGLE_FILE)
 """The formats of whole models."""
 
 VAE_FORMATS = (
@@ -79,7 +87,7 @@ VAE_FORMATS = (
 
 def shipped_models() -> list[str]:
     """The names of the models that ship with us."""
-    return sorted(file.parent.name for file in MODELS.glob("*/model_index.json"))
+    return sorted(path.name for path in MODELS.iterdir() if (path / "model_index.json").is_file() or is_companion(path))
 
 
 def find_model(model: str | Path) -> Path:
@@ -119,7 +127,8 @@ def load(
     """
     path = find_model(model)
     by_ending = {known.suffix: known for known in FORMATS if known.suffix}
-    chosen = by_ending.get(path.suffix.lower(), SINGLE_FILE) if path.is_file() else FOLDER
+    of_folder = COMPANION if is_companion(path) else FOLDER
+    chosen = by_ending.get(path.suffix.lower(), SINGLE_FILE) if path.is_file() else of_folder
 
     given = {"vae": vae, "text_encoder": text_encoder, **options}
     given = {name: value for name, value in given.items() if value is not None}
@@ -129,13 +138,13 @@ def load(
     if isinstance(vae, str | Path):
         given["vae"] = load_vae(vae, dtype=dtype)
     if isinstance(text_encoder, str | Path):
-        given["text_encoder"] = load_text_encoder(find_model(text_encoder), dtype=dtype)
+        given["text_encoder"] = load_text_encoder(base_of(find_model(text_encoder)), dtype=dtype)
     return chosen.load(path, dtype=dtype, **given)
 
 
 def load_vae(model: str | Path, *, dtype: torch.dtype | None = None) -> AutoencoderKL:
     """Load a VAE alone, from a file or a folder, or that of a whole model. Raises CheckpointError."""
-    path = find_model(model)
+    path = base_of(find_model(model))
     if path.is_dir():
         return load_vae_folder(path / "vae" if (path / "vae").is_dir() else path, dtype=dtype)
     return load_vae_file(path, dtype=dtype)

@@ -13,6 +13,7 @@ from sdkit.version import __version__
 
 if TYPE_CHECKING:
     from sdkit.adapter_kinds import AdapterKind, register_adapter_kind
+    from sdkit.checkpoints.classifier_folder import load_classifier
     from sdkit.checkpoints.inspection import inspect_file
     from sdkit.diffusers_compat import accelerate, restore
     from sdkit.errors import CheckpointError, ConfigError, NumericalError, SDKitError
@@ -56,6 +57,7 @@ _HOMES = {
     "attention_sheet": "viewing.attention_sheet",
     "film_strip": "viewing.previews",
     "inspect_file": "checkpoints.inspection",
+    "load_classifier": "checkpoints.classifier_folder",
     "make_plan": "sampling.planning",
     "prompt_words": "viewing.attention_maps",
     "read_parameters": "generation.png",
@@ -90,6 +92,7 @@ __all__ = [
     "attention_sheet",
     "film_strip",
     "inspect_file",
+    "load_classifier",
     "make_plan",
     "prompt_words",
     "read_parameters",

@@ -5,7 +5,12 @@ It predicts v, epsilon or the picture, on a schedule of one's choice. The loss h
 gamma 5); those of v and of the picture never fall below a floor: what stands where is decided at high noise, where the
 plain weight all but vanishes. Captions are dropped one time in ten so that guidance works, or always; the weights'
 moving average is kept. The text encoder goes on learning with the UNet, its pooled output held to what contrastive
-training made it, so that the image encoder still fits. Ends by writing the whole model.
+training made it, so that the image encoder still fits.
+
+The end of the text and the padding behind it have seen every word, so a network may look there alone, and no word would
+have a place in the picture. So half of the steps have no padding, and one token in ten is missing.
+
+Ends by writing the whole model.
 """
 
 from __future__ import annotations
@@ -54,11 +59,11 @@ if TYPE_CHECKING:
 
 CONFIG = UNetConfig(
     sample_size=SIZE // 4,  # written down alone: it takes any size
-    block_out_channels=(64, 128, 160),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(80, 160),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     layers_per_block=1,
-    attention_head_dim=(2, 4, 5),
+    attention_head_dim=2,  # heads, as in diffusers' configurations: of width 40 and 80, like Stable Diffusion 1's
     norm_num_groups=16,
     cross_attention_dim=128,
 )
@@ -69,7 +74,8 @@ SCHEDULER: dict[str, Any] = {  # ddpm: its fresh noise mends early mistakes, suc
 BATCH = 32
 RUN, SHEET_RUN = 6, 9  # numbers for `step_generator`: of the run, and of the sheets' noise
 QUIET = 0.35  # of the timesteps: where there is more noise it is decided what stands where
-DROPOUT = 0.1
+DROPOUT, TOKEN_DROPOUT = 0.1, 0.1  # share of captions, and of single tokens, that are left out
+UNPADDED = 0.5  # share of the steps
 GAMMA = 5.0
 FLOOR = 0.4  # least weight of a timestep
 COUNTS = (0.48, 0.4, 0.12)  # share of pictures with one, two and three objects
@@ -103,12 +109,14 @@ def encoded(vae: AutoencoderKL, pictures: TrainingPictures, folder: Path) -> Ten
 
 
 class Batch(NamedTuple):
-    """Clean latents [BATCH, 4, h, w], the noise that is added, at timesteps t [BATCH]; token ids [BATCH, N]."""
+    """Clean latents [BATCH, 4, h, w], the noise that is added, at timesteps t [BATCH]; token ids [BATCH, N], and which
+    of the tokens the UNet sees, bool [BATCH, N]."""
 
     x0: Tensor
     noise: Tensor
     t: Tensor
     ids: Tensor
+    seen: Tensor
 
 
 class PredictorLoss(nn.Module):
@@ -137,7 +145,8 @@ class PredictorLoss(nn.Module):
 
         with autocast():
             hidden = self.text_encoder(input_ids=ids).last_hidden_state
-            prediction, summary = self.unet(x_t, batch.t, hidden), pooled(hidden, ids, end)
+            context = hidden * batch.seen[..., None].to(hidden.dtype)
+            prediction, summary = self.unet(x_t, batch.t, context), pooled(hidden, ids, end)
             with torch.no_grad():
                 wanted = pooled(self.anchor(input_ids=ids).last_hidden_state, ids, end)
 
@@ -159,8 +168,8 @@ def loss_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """The batches of a run. ``latents`` are those of the pictures, ``length`` is that of the token ids; ``dropout`` is
-    the share of captions that are left out."""
+    """The batches of a run. ``latents`` are those of the pictures; ``length`` is that of the token ids, with padding;
+    ``dropout`` is the share of captions that are left out."""
 
     pictures: TrainingPictures
     latents: Tensor
@@ -178,8 +187,10 @@ class Draws:
         texts = self.pictures.captions(index, seed=int(torch.randint(2**31, (), generator=rng)))
         dropped = torch.rand(BATCH, generator=rng) < self.dropout
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
-        t = draw_timesteps(SCHEDULER["num_train_timesteps"], rng)
-        return Batch(x0, noise, t, tokenize(self.tokenizer, texts, self.length))
+        padded = bool(torch.rand((), generator=rng) >= UNPADDED)
+        ids = tokenize(self.tokenizer, texts, self.length if padded else None)
+        seen = torch.rand(ids.shape, generator=rng) >= TOKEN_DROPOUT
+        return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), ids, seen)
 
 
 def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from finetune.pretrain.noise_predictor import (
     COUNTS,
     FLOOR,
     QUIET,
+    TOKEN_DROPOUT,
     Batch,
     Draws,
     PredictorLoss,
@@ -112,7 +113,7 @@ def batch(seed: int) -> Batch:
     x0, noise = torch.randn(2, 3, 4, 8, 8, generator=rng)
     ids = torch.randint(1, 18, (3, 6), generator=rng)
     ids[:, -2:] = 19
-    return Batch(x0, noise, torch.tensor([10, 500, 990]), ids)
+    return Batch(x0, noise, torch.tensor([10, 500, 990]), ids, torch.ones(3, 6, dtype=torch.bool))
 
 
 def test_the_anchor_holds_the_text_encoder_and_is_not_trained(loss: PredictorLoss) -> None:
@@ -135,15 +136,35 @@ def test_a_batch_has_pictures_with_their_own_captions_some_of_them_dropped() -> 
     latents = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1).expand(2, 4, 2, 2).half()
 
     ids = {text: tokenizer(text, padding="max_length", max_length=77).input_ids for text in (*texts, "")}
-    dropped = 0
+    dropped, lengths, seen = 0, list[int](), list[torch.Tensor]()
     for step in range(20):
         drawn = Draws(pictures, latents, tokenizer, 77)(step)
+        length = drawn.ids.shape[1]
         for x0, found in zip(drawn.x0, drawn.ids.tolist(), strict=True):
-            own = ids[texts[int(x0.max()) - 1]]
-            assert found in (own, ids[""])
-            dropped += found == ids[""]
+            own = ids[texts[int(x0.max()) - 1]][:length]
+            assert found in (own, ids[""][:length])
+            dropped += found == ids[""][:length]
+        lengths.append(length)
+        seen.append(drawn.seen.flatten().float())
     assert 0.05 < dropped / (20 * BATCH) < 0.15
-    assert all(row == ids[""] for row in Draws(pictures, latents, tokenizer, 77, dropout=1.0)(0).ids.tolist())
+    assert set(lengths) == {77, 5} and 4 < lengths.count(5) < 16  # of five tokens, start and end among them
+    assert torch.cat(seen).mean().item() == pytest.approx(1 - TOKEN_DROPOUT, abs=0.01)
+    empty = Draws(pictures, latents, tokenizer, 77, dropout=1.0)(0).ids
+    assert all(row == ids[""][: len(row)] for row in empty.tolist())
+
+
+def test_a_token_that_is_not_seen_says_nothing(loss: PredictorLoss) -> None:
+    """The text encoder still reads it: what is held to the anchor does not change."""
+    given = batch(3)
+    contexts: list[torch.Tensor] = []
+    loss.unet.register_forward_pre_hook(lambda _, args: contexts.append(args[2]))
+    seen = given.seen.clone()
+    seen[0, 1] = seen[2, 3] = False
+    with torch.no_grad():
+        loss(given)
+        loss(given._replace(seen=seen))
+    whole, part = contexts
+    assert not part[~seen].any() and torch.equal(part[seen], whole[seen]) and bool(whole[~seen].abs().sum() > 0)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])

@@ -32,9 +32,11 @@ from sdkit.images.sheet import contact_sheet
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.vae import AutoencoderKL
 
-WIDTHS = {4: (32, 64, 96), 8: (16, 48, 96, 128)}
-GROUPS = {4: 16, 8: 4}
-"""By factor: channels of the levels, each half the size of the one before, and the groups of their norms."""
+WIDTHS = {4: (32, 64, 96), 8: (32, 64, 96, 128)}
+"""Channels of the levels by factor, each level half the size of the one before.
+
+16 and 48 above instead of 32 and 64 take 0.63 of the time, and had 22.6 dB on training pictures after 8,000 of them.
+"""
 KL_WEIGHT = 1e-6
 WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
 TEST_SEED = 1_000_001
@@ -48,7 +50,7 @@ def config(factor: int = 4, size: int = SIZE) -> VAEConfig:
         block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
-        norm_num_groups=GROUPS[factor],
+        norm_num_groups=16,
         sample_size=size,
     )
 

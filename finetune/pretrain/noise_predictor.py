@@ -8,7 +8,8 @@ moving average is kept. The text encoder goes on learning with the UNet, its poo
 training made it, so that the image encoder still fits.
 
 The end of the text and the padding behind it have seen every word, so a network may look there alone, and no word would
-have a place in the picture. So half of the steps have no padding, and one token in ten is missing.
+have a place in the picture. So half of the steps have no padding, one token in ten is missing, and where it is known
+where objects are, their words are taught to be looked at from there (`finetune.pretrain.grounding`).
 
 Ends by writing the whole model.
 """
@@ -33,9 +34,10 @@ from tqdm import tqdm
 
 import sdkernels
 from finetune.pretrain.clip import load_text_encoder, tokenize
+from finetune.pretrain.grounding import Places, attention_of, find_places, grounding_loss
 from finetune.pretrain.own_pictures import TrainingPictures, image_folder
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
-from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, training_pictures
+from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
 from finetune.seeds import step_generator
 from finetune.training.averaging import in_place_of
 from finetune.training.min_snr import min_snr_weight
@@ -79,7 +81,7 @@ UNPADDED = 0.5  # share of the steps
 GAMMA = 5.0
 FLOOR = 0.4  # least weight of a timestep
 COUNTS = (0.48, 0.4, 0.12)  # share of pictures with one, two and three objects
-ANCHOR = 1.0  # weight of what holds the text encoder
+ANCHOR, GROUNDING = 1.0, 0.02  # weights of what holds the text encoder, and of where words are looked at
 UNTOLD = "(no text)"
 PROMPTS = (
     "a red sphere", "a blue cube", "a green torus", "a yellow cylinder", "a purple cone", "a white sphere",
@@ -109,18 +111,20 @@ def encoded(vae: AutoencoderKL, pictures: TrainingPictures, folder: Path) -> Ten
 
 
 class Batch(NamedTuple):
-    """Clean latents [BATCH, 4, h, w], the noise that is added, at timesteps t [BATCH]; token ids [BATCH, N], and which
-    of the tokens the UNet sees, bool [BATCH, N]."""
+    """Clean latents [BATCH, 4, h, w], the noise that is added, at timesteps t [BATCH]; token ids [BATCH, N], which of
+    the tokens the UNet sees, bool [BATCH, N], and where their objects are, if that is known."""
 
     x0: Tensor
     noise: Tensor
     t: Tensor
     ids: Tensor
     seen: Tensor
+    places: Places | None = None
 
 
 class PredictorLoss(nn.Module):
-    """forward(batch) -> the prediction's weighted error + how far the text's pooled output is from that of ``anchor``.
+    """forward(batch) -> the prediction's weighted error + how far the text's pooled output is from that of ``anchor`` +
+    how much words are looked at from elsewhere than their objects.
 
     ``unet`` and ``text_encoder`` are trained together; ``anchor`` is the text encoder before that, frozen.
     """
@@ -146,13 +150,17 @@ class PredictorLoss(nn.Module):
         with autocast():
             hidden = self.text_encoder(input_ids=ids).last_hidden_state
             context = hidden * batch.seen[..., None].to(hidden.dtype)
-            prediction, summary = self.unet(x_t, batch.t, context), pooled(hidden, ids, end)
+            with nullcontext([]) if batch.places is None else attention_of(self.unet) as probabilities:
+                prediction, summary = self.unet(x_t, batch.t, context), pooled(hidden, ids, end)
             with torch.no_grad():
                 wanted = pooled(self.anchor(input_ids=ids).last_hidden_state, ids, end)
 
         error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
-        held = F.mse_loss(summary.float(), wanted.float())
-        return (loss_weight(self.schedule, batch.t) * error).mean() + ANCHOR * held
+        loss = (loss_weight(self.schedule, batch.t) * error).mean()
+        loss = loss + ANCHOR * F.mse_loss(summary.float(), wanted.float())
+        if batch.places is not None:  # in noise alone nobody can know where objects are
+            loss = loss + GROUNDING * grounding_loss(probabilities, batch.places, self.alphas[batch.t])
+        return loss
 
 
 def loss_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -190,7 +198,11 @@ class Draws:
         padded = bool(torch.rand((), generator=rng) >= UNPADDED)
         ids = tokenize(self.tokenizer, texts, self.length if padded else None)
         seen = torch.rand(ids.shape, generator=rng) >= TOKEN_DROPOUT
-        return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), ids, seen)
+        places: Places | None = None
+        if isinstance(self.pictures, Pictures):
+            scenes, cover = self.pictures.scenes[index], self.pictures.cover[index]
+            places = find_places(self.tokenizer, texts, scenes, cover, seen)
+        return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), ids, seen, places)
 
 
 def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:

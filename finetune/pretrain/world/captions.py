@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,29 @@ def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
         _caption(random.Random(rng.getrandbits(64)), full, count, TABLES[table], related, *attributes)
         for count, table, related, attributes in rows
     ]
+
+
+class Named(NamedTuple):
+    """Objects of one colour and shape in a caption: the numbers of the colour's word and the noun, and both as scenes
+    have them."""
+
+    color_word: int
+    noun: int
+    color: int
+    shape: int
+
+
+def named_objects(words: Sequence[str]) -> list[Named]:
+    """The objects that the words of a caption of `captions` name, in order; a colour belongs to the next noun."""
+    found: list[Named] = []
+    color: tuple[int, int] | None = None
+    for i, word in enumerate(words):
+        if word in COLORS:
+            color = i, COLORS.index(word)
+        elif word in _NOUNS and color is not None:
+            found.append(Named(color[0], i, color[1], _NOUNS[word]))
+            color = None
+    return found
 
 
 WRONG = ("sides", "colours", "colour", "number")
@@ -240,3 +264,8 @@ def _plurals(noun: str) -> tuple[str, ...]:
 def article(word: str) -> str:
     """The article of a noun phrase that begins with this word."""
     return "an" if word[0] in "aeiou" else "a"
+
+
+_NOUNS = {
+    noun: number for number, shape in enumerate(SHAPES) for word in WORDS[shape] for noun in (word, *_plurals(word))
+}

@@ -7,10 +7,12 @@ contrastive training: picture ``scenes + i`` is the sibling of picture ``i``.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from finetune.pretrain.world.scenes import Scenes, sample_scenes, siblings
 from sdkit.files import write_text
 
 SIZE = 64
+GRID = 16  # cells in a row of what is known of where objects are
 SCENES, SCENES_HELP = 32_000, "Tabletop scenes to render; half as many siblings more."
 COUNTS, REPEATS = (0.35, 0.5, 0.15), 0.2  # how many have one, two and three objects; of those of several, alike ones
 TRAINING_SEED = 1
@@ -28,11 +31,15 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Pictures:
-    """images uint8 [N, 3, S, S]; scenes, N of them; ``pairs`` of the scenes have siblings (at the end)."""
+    """images uint8 [N, 3, S, S]; scenes, N of them; ``pairs`` of the scenes have siblings (at the end).
+
+    cover: uint8 [N, 3, GRID, GRID], the part of each cell that shows the object of each slot, of 255.
+    """
 
     images: Tensor
     scenes: Scenes
     pairs: int
+    cover: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,18 +64,31 @@ def training_pictures(folder: Path, scenes: int = SCENES, pairs: int = SCENES //
     both = Scenes.cat([base, siblings(base[torch.arange(pairs)], TRAINING_SEED)])
 
     name = f"pictures-{scenes}-{pairs}-{size}"
-    file, progress = folder / f"{name}.u8", folder / f"{name}.json"
+    progress = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    done = json.loads(progress.read_text()) if progress.exists() and file.exists() else 0
-    shape = (len(both), 3, size, size)
-    images = torch.from_file(str(file), shared=True, size=len(both) * 3 * size * size, dtype=torch.uint8).view(shape)
+    files = {part: folder / f"{name}-{part}.u8" for part in ("images", "cover")}
+    done = json.loads(progress.read_text()) if progress.exists() and all(f.exists() for f in files.values()) else 0
+    images = _mapped(files["images"], (len(both), 3, size, size))
+    cover = _mapped(files["cover"], (len(both), 3, GRID, GRID))
 
     for start in tqdm(range(done, len(both), CHUNK), desc="render", disable=done >= len(both), mininterval=5.0):
         index = torch.arange(start, min(start + CHUNK, len(both)))
-        images[index] = to_bytes(render(both[index], size, chunk=CHUNK).images)
+        rendered = render(both[index], size, chunk=CHUNK)
+        images[index], cover[index] = to_bytes(rendered.images), to_bytes(covered(rendered.masks))
         write_text(progress, json.dumps(start + CHUNK))
 
-    return Pictures(images, both, pairs)
+    return Pictures(images, both, pairs, cover)
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
+    """The bytes of a file as a tensor of this shape, which is written through to it."""
+    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
+
+
+def covered(masks: Tensor) -> Tensor:
+    """The part of each cell of a grid that shows the object of each slot: masks [B, S, S] -> [B, 3, GRID, GRID]."""
+    slots = torch.stack([(masks == slot).float() for slot in (1, 2, 3)], dim=1)
+    return F.interpolate(slots, (GRID, GRID), mode="area")
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def pictures() -> Pictures:
     base = sample_scenes(200, 1)
     scenes = Scenes.cat([base, siblings(base[torch.arange(40)], 1)])
     numbers = torch.arange(240, dtype=torch.uint8)[:, None, None, None]
-    return Pictures(numbers.expand(-1, 3, SIZE, SIZE).contiguous(), scenes, 40)
+    return Pictures(numbers.expand(-1, 3, SIZE, SIZE).contiguous(), scenes, 40, torch.empty(240, 0))
 
 
 def test_pairs_stand_beside_each_other_in_the_later_part(pictures: Pictures) -> None:

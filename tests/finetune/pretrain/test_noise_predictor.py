@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
+from finetune.pretrain.grounding import Places
 from finetune.pretrain.noise_predictor import (
     BATCH,
     COUNTS,
     FLOOR,
+    GROUNDING,
     QUIET,
     TOKEN_DROPOUT,
     Batch,
@@ -178,3 +180,20 @@ def test_the_target_is_what_the_schedule_says(loss: PredictorLoss, kind: str) ->
         target = loss.schedule.target(given.x0, given.noise, given.t)
         expected = (loss_weight(loss.schedule, given.t) * target.square().mean(dim=(1, 2, 3))).mean()
         assert float(loss(given)) == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_words_that_look_elsewhere_cost(loss: PredictorLoss) -> None:
+    """Of a word's attention the share from outside its object counts, the less the more noise there is."""
+    given = batch(4)
+    everywhere, nowhere = torch.ones(1, 8, 8), torch.zeros(1, 8, 8)
+
+    def value(sample: int, cover: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(loss(given._replace(places=Places(torch.tensor([sample]), torch.tensor([1]), cover))))
+
+    with torch.no_grad():
+        plain = float(loss(given))
+    assert value(0, everywhere) == pytest.approx(plain, abs=1e-5)
+    signal = loss.schedule.alphas_cumprod[given.t].tolist()
+    for sample in range(3):
+        assert value(sample, nowhere) - plain == pytest.approx(GROUNDING * signal[sample], abs=1e-3)

@@ -43,7 +43,7 @@ def test_the_probes_verdict_names_the_objects(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_batch_has_its_share_of_held_out_pairs() -> None:
-    pictures = Pictures(torch.zeros(20, 3, SIZE, SIZE, dtype=torch.uint8), sample_scenes(20, 1), 0)
+    pictures = Pictures(torch.zeros(20, 3, SIZE, SIZE, dtype=torch.uint8), sample_scenes(20, 1), 0, torch.empty(20, 0))
     held_out = sample_scenes(10, 2, held_out="only")
     x, scenes = draw_batch(pictures, torch.ones(10, 3, SIZE, SIZE), held_out, 5)
     assert len(x) == len(scenes) == BATCH and (x.mean((1, 2, 3)) > 0).tolist() == [False] * 28 + [True] * 4

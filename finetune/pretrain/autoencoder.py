@@ -39,6 +39,7 @@ WIDTHS = {4: (32, 64, 96), 8: (32, 64, 96, 128)}
 """
 KL_WEIGHT = 1e-6
 WHOLE_RUN, DECODER_RUN = 2, 3  # numbers of the runs, for `step_generator`
+TRIES = 3  # places of a square
 TEST_SEED = 1_000_001
 UNSEEN = 256  # renders that are measured and never trained on
 
@@ -131,14 +132,24 @@ def squared_and_absolute(difference: Tensor) -> Tensor:
     return difference.square() + 0.1 * difference.abs()
 
 
-def draw_batches(images: Tensor, size: int, run: int) -> Callable[[int], Batch]:
-    """A function from a step of the run with this number to its batch of ``size``."""
+def draw_batches(images: Tensor, size: int, run: int, crop: int = 0) -> Callable[[int], Batch]:
+    """A function from a step of the run with this number to its batch of ``size`` pictures, or of `crops` of them."""
 
     def batch(step: int) -> Batch:
         rng = step_generator(run, step)
-        return Batch(from_bytes(images[torch.randint(len(images), (size,), generator=rng)]), rng, step)
+        pictures = from_bytes(images[torch.randint(len(images), (size,), generator=rng)])
+        return Batch(crops(pictures, crop, rng) if crop else pictures, rng, step)
 
     return batch
+
+
+def crops(pictures: Tensor, side: int, rng: torch.Generator) -> Tensor:
+    """A square of each picture: of TRIES places the one that deviates most from its mean. An empty table teaches
+    little, and a network of convolutions knows no place."""
+    most = torch.tensor([pictures.shape[2] - side + 1, pictures.shape[3] - side + 1])
+    places = (torch.rand(len(pictures), TRIES, 2, generator=rng) * most).long().tolist()
+    tried = [[p[:, y : y + side, x : x + side] for y, x in own] for p, own in zip(pictures, places, strict=True)]
+    return torch.stack([max(own, key=lambda square: float(square.std(dim=(1, 2)).mean())) for own in tried])
 
 
 @torch.no_grad()
@@ -171,6 +182,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Training steps of the whole VAE.", min=1)] = 4200,
     decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.", min=1)] = 1500,
     batch_size: Annotated[int, typer.Option(help="Pictures a step.", min=1)] = 16,
+    crop: Annotated[int, typer.Option(help="Train the whole VAE on squares of so many pixels; 0: on pictures.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; the decoder alone: half.")] = 2e-3,
     perceptual_weight: Annotated[float, typer.Option(help="Of 1 - multi-scale SSIM; 0: none.", min=0)] = 0.0,
     discriminator_weight: Annotated[float, typer.Option(help="Of the adversarial term; 0: none.", min=0)] = 0.0,
@@ -181,6 +193,8 @@ def main(
         raise typer.BadParameter(f"--factor: expected 4 or 8, which divides --size, found {factor} and {size}")
     if data is not None and scenes != SCENES:
         raise typer.BadParameter("--scenes: does nothing with --data")
+    if crop and not (0 < crop <= size and crop % factor == 0):
+        raise typer.BadParameter(f"--crop: expected a multiple of {factor} up to --size, found {crop}")
     terms = DecoderLossConfig(
         perceptual_weight=perceptual_weight,
         discriminator_weight=discriminator_weight,
@@ -199,7 +213,7 @@ def main(
     # The discriminator's gradients would scale down the VAE's, were they cut to one norm together.
     recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100)
     recipe = replace(recipe, max_grad_norm=0.0) if discriminator_weight else recipe
-    batches = draw_batches(pictures.images, batch_size, WHOLE_RUN)
+    batches = draw_batches(pictures.images, batch_size, WHOLE_RUN, crop)
     train_on_the_cpu(ReconstructionLoss(vae, terms), batches, recipe, work / "vae", validate=validate)
 
     recipe = replace(recipe, max_train_steps=decoder_steps, learning_rate=learning_rate / 2)

@@ -10,6 +10,7 @@ from finetune.pretrain.autoencoder import (
     MeanReconstructionLoss,
     ReconstructionLoss,
     config,
+    crops,
     draw_batches,
     mean_psnr,
     sample_sheet,
@@ -80,6 +81,22 @@ def test_a_step_has_its_own_pictures_and_noise() -> None:
     (x, rng, _), (again, same_rng, _), (other, _, step) = draw(3), draw(3), draw(4)
     assert torch.equal(x, again) and not torch.equal(x, other) and x.min() >= -1 and x.max() <= 1
     assert torch.equal(torch.randn(3, generator=rng), torch.randn(3, generator=same_rng)) and (len(x), step) == (16, 4)
+
+
+def test_squares_are_cut_where_something_is() -> None:
+    """In each picture one pixel differs, in a channel and a place of its own."""
+    pictures = torch.zeros(200, 3, 16, 24)
+    rng = torch.Generator().manual_seed(0)
+    y, x = torch.randint(16, (200,), generator=rng), torch.randint(24, (200,), generator=rng)
+    pictures[torch.arange(200), torch.arange(200) % 3, y, x] = 1
+    found = crops(pictures, 8, torch.Generator().manual_seed(1))
+    assert found.shape == (200, 3, 8, 8) and torch.equal(found, crops(pictures, 8, torch.Generator().manual_seed(1)))
+    seen = found.flatten(1).sum(1)
+    assert set(seen.tolist()) == {0.0, 1.0} and 0.3 < seen.mean() < 0.7  # a single place would show a fifth
+
+    images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8, generator=rng)
+    drawn, again = (draw_batches(images, 16, WHOLE_RUN, crop=8)(3).pixels for _ in range(2))
+    assert drawn.shape == (16, 3, 8, 8) and torch.equal(drawn, again)
 
 
 def test_unseen_pictures_are_measured_in_decibels() -> None:

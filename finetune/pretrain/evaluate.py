@@ -21,16 +21,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from finetune.pretrain import word_attention
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import binding, build, retrieval, zero_shot
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
-from finetune.pretrain.world.captions import WORDS, captions, pair_prompt
+from finetune.pretrain.world.captions import NUMBERS, WORDS, captions, group_prompt, pair_prompt
 from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.scenes import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from sdkit.checkpoints.loading import MODELS
 from sdkit.files import write_text
 from sdkit.images.sheet import contact_sheet
 from sdkit.stable_diffusion import StableDiffusion
+
+Group = tuple[int, str, str]
+"""How many objects, and their colour and shape."""
 
 PROMPT_SEED = 2_000_001
 BATCH = 50
@@ -113,6 +117,15 @@ def both_right(scenes: Scenes, verdicts: Sequence[Verdict]) -> float:
     return _share(values)
 
 
+def as_many_as_asked(groups: Sequence[Group], verdicts: Sequence[Verdict]) -> float:
+    """How often there are as many objects of the colour and shape as asked, and no others, in per cent."""
+    values: list[bool] = []
+    for (number, color, shape), verdict in zip(groups, verdicts, strict=True):
+        seen = [(found["color"], found["shape"]) for found in verdict.objects]
+        values.append(seen == [(color, shape)] * number)
+    return _share(values)
+
+
 def relation_right(
     pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]], sides: Sequence[str], verdicts: Sequence[Verdict]
 ) -> float:
@@ -152,6 +165,13 @@ def measure(sd: StableDiffusion, probe: Probe, seed: int, guidance: float, steps
     figures["two objects: both right"] = both_right(
         two, draw(sd, probe, captions(two, PROMPT_SEED + 2), seed, guidance, steps)
     )
+
+    alike = sample_scenes(60, PROMPT_SEED + 4, counts=(1.0, 0.0, 0.0))
+    names = [(COLORS[alike.color[i, 0]], SHAPES[alike.shape[i, 0]]) for i in range(len(alike))]
+    for number, words in NUMBERS.items():
+        groups = [(number, *name) for name in names]
+        verdicts = draw(sd, probe, [group_prompt(*group) for group in groups], seed, guidance, steps)
+        figures[f"{words[0]} alike: as many, and no others"] = as_many_as_asked(groups, verdicts)
 
     for name, sides in (("left and right", ("left", "right")), ("in front and behind", ("front", "behind"))):
         pairs, chosen, texts = relation_prompts(60, sides)
@@ -229,6 +249,7 @@ def main(
 
     clip, tokenizer = reconstruct_clip(model)
     once = {"VAE: PSNR of unseen renders, dB": mean_psnr(sd.vae, unseen_renders())}
+    once |= {f"{name} look at their objects: scenes, per cent": v for name, v in word_attention.measure(sd).items()}
     once |= {f"CLIP: {name}, per cent": value for name, value in of_towers(clip, tokenizer).items()}
     once |= {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
     text = table(runs, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())

@@ -9,8 +9,8 @@ import torch
 import sdkit
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import retrieval
-from finetune.pretrain.evaluate import PROMPT_SEED, both_right, draw, reconstruct_clip, single
-from finetune.pretrain.probe import Probe, accuracy, load_probe
+from finetune.pretrain.evaluate import PROMPT_SEED, as_many_as_asked, both_right, draw, reconstruct_clip, single
+from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.scenes import sample_scenes
 from sdkit.checkpoints.loading import MODELS
@@ -59,6 +59,12 @@ def test_the_probe_sees_what_the_prompts_say(sd: StableDiffusion, probe: Probe) 
     with pytest.warns(UserWarning, match="prompt: ignored at guidance_scale 0"):
         ignored = single(prompts, scenes, draw(sd, probe, prompts, 5, guidance=0.0, steps=12))
     assert ignored["colour and shape right"] <= 25
+
+
+def test_as_many_alike_are_counted_and_nothing_else_may_be_there() -> None:
+    red, blue = {"color": "red", "shape": "cube"}, {"color": "blue", "shape": "cube"}
+    verdicts = [Verdict(seen, [], [], "white") for seen in ([red, red], [red], [red, red, blue], [red, red, red], [])]
+    assert as_many_as_asked([(2, "red", "cube")] * 5, verdicts) == 20
 
 
 def test_the_vae_reconstructs_unseen_renders(sd: StableDiffusion) -> None:

@@ -5,11 +5,15 @@ A small byte-pair vocabulary is learned from captions and saved as a CLIP tokeni
 batch are pairs of scenes that differ in one thing, and each picture is told from its own caption with colours or sides
 exchanged (as in NegCLIP, arXiv 2210.01936), so that it takes who is which colour and who stands where. The text
 projection is the identity: the text's embedding is the final hidden state at its end token.
+
+There are two text encoders, as in Stable Diffusion 1 and 2: a small one, whose last layer conditions pictures, and a
+larger one, as OpenCLIP's, whose last but one does.
 """
 
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -34,7 +38,7 @@ from sdkit.prompts.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-WIDTH, HEADS, LAYERS, LENGTH = 128, 4, 3, 77
+LENGTH = 77
 PATCHES = 8  # in a row of the picture, whatever its size
 MERGES = 400
 BATCH, PAIRS = 128, 32
@@ -42,6 +46,27 @@ RUN = 5  # number of the run, for `step_generator`
 EASY = 0.2  # share of the steps without pairs: from the start they make both towers collapse
 TEST_SEED = 1_000_001
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+class Text(StrEnum):
+    """A text encoder."""
+
+    v1 = "v1"
+    v2 = "v2"
+
+
+class Size(NamedTuple):
+    """A text encoder's size. ``used``: of its layers, those up to the one that conditions pictures."""
+
+    width: int
+    heads: int
+    layers: int
+    used: int
+    activation: str
+
+
+SIZES = {Text.v1: Size(128, 4, 3, 3, "quick_gelu"), Text.v2: Size(192, 6, 6, 5, "gelu")}
+VISION = Size(128, 4, 3, 3, "quick_gelu")
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
@@ -76,23 +101,30 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     write_json(folder / "special_tokens_map.json", marks)  # the last: it says that the others are there
 
 
-def build(tokenizer: CLIPTokenizer, size: int = SIZE) -> CLIPModel:
+def build(tokenizer: CLIPTokenizer, size: int = SIZE, text: Text = Text.v1) -> CLIPModel:
     """transformers' CLIPModel for the vocabulary and pictures of ``size``, text projection fixed to the identity."""
     from transformers import CLIPConfig, CLIPModel
 
-    shared = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "projection_dim": WIDTH,
-    }
-    end = tokenizer.convert_tokens_to_ids(END)
+    end, width = tokenizer.convert_tokens_to_ids(END), SIZES[text].width
     marks = {"bos_token_id": tokenizer.convert_tokens_to_ids(START), "eos_token_id": end, "pad_token_id": end}
-    text = shared | marks | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
-    vision = shared | {"image_size": size, "patch_size": size // PATCHES}
+    places = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
+    patches = {"image_size": size, "patch_size": size // PATCHES}
 
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    def config(size: Size) -> dict[str, Any]:
+        return {
+            "hidden_size": size.width,
+            "intermediate_size": 4 * size.width,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "hidden_act": size.activation,
+            "projection_dim": width,
+        }
+
+    towers: dict[str, Any] = {
+        "text_config": config(SIZES[text]) | marks | places,
+        "vision_config": config(VISION) | patches,
+    }
+    model = CLIPModel(CLIPConfig(**towers, projection_dim=width))
     nn.init.eye_(model.text_projection.weight)
     model.text_projection.requires_grad_(False)
     return model
@@ -115,13 +147,13 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = No
 
 
 def embed_text(text_model: nn.Module, ids: Tensor) -> Tensor:
-    """Unit embeddings [B, WIDTH] of token ids [B, N]."""
+    """Unit embeddings [B, D] of token ids [B, N]."""
     hidden = text_model(input_ids=ids).last_hidden_state
     return F.normalize(pooled(hidden, ids, int(ids[0, -1])).float(), dim=-1)
 
 
 def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """Unit embeddings [B, WIDTH] of pictures in [-1, 1]."""
+    """Unit embeddings [B, D] of pictures in [-1, 1]."""
     return F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).float(), dim=-1)
 
 
@@ -238,12 +270,15 @@ def binding(model: CLIPModel, tokenizer: CLIPTokenizer, count: int = 512, size: 
     return shares
 
 
-def write_towers(model: CLIPModel, folder: Path) -> None:
-    """Write the text encoder for `load_text_encoder`, and ``image_encoder/`` as transformers reads it."""
+def write_towers(model: CLIPModel, folder: Path, text: Text = Text.v1) -> None:
+    """Write the text encoder for `load_text_encoder`, without the layers that no picture sees, and ``image_encoder/``
+    as transformers reads it."""
     from transformers import CLIPVisionModelWithProjection
 
-    write_state(text_state_dict(model.text_model), folder / "text_encoder.safetensors", torch.float16)
-    write_json(folder / "text_encoder.json", text_config(model.text_model))
+    unused = tuple(f"text_model.encoder.layers.{layer}." for layer in range(SIZES[text].used, SIZES[text].layers))
+    state = {name: value for name, value in text_state_dict(model.text_model).items() if not name.startswith(unused)}
+    write_state(state, folder / "text_encoder.safetensors", torch.float16)
+    write_json(folder / "text_encoder.json", text_config(model.text_model) | {"num_hidden_layers": SIZES[text].used})
 
     vision = CLIPVisionModelWithProjection(model.vision_model.config)
     vision.vision_model.load_state_dict(model.vision_model.state_dict())
@@ -256,6 +291,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="A folder of pictures with captions, not tabletop renders.")] = None,
     scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures, a multiple of 8.", min=16)] = SIZE,
+    text: Annotated[Text, typer.Option(help="The text encoder: small, or larger.")] = Text.v1,
     steps: Annotated[int, typer.Option(help="Training steps of at most 128 pictures.", min=1)] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
@@ -276,7 +312,7 @@ def main(
         first = torch.arange(min(20_000, len(pictures) - pictures.pairs))
         train_tokenizer(pictures.captions(first, seed=4), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    model = build(tokenizer, size)
+    model = build(tokenizer, size, text)
     if isinstance(pictures, OwnPictures):
         cut = sum(len(ids) > LENGTH for ids in tokenizer(pictures.texts).input_ids)
         if cut:
@@ -291,7 +327,7 @@ def main(
 
     train_on_the_cpu(ContrastiveLoss(model), batches, recipe, folder)
     model.eval()
-    write_towers(model, folder)
+    write_towers(model, folder, text)
     if unseen is None:
         found = retrieval(model, tokenizer, size=size)
         print(f"named right among {len(COLORS) * len(SHAPES)}: {100 * zero_shot(model, tokenizer, size=size):.1f} %")

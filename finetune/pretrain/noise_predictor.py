@@ -67,7 +67,6 @@ CONFIG = UNetConfig(
     layers_per_block=1,
     attention_head_dim=2,  # heads, as in diffusers' configurations: of width 40 and 80, like Stable Diffusion 1's
     norm_num_groups=16,
-    cross_attention_dim=128,
 )
 SCHEDULER: dict[str, Any] = {  # ddpm: its fresh noise mends early mistakes, such as a second object
     "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
@@ -242,7 +241,8 @@ def untrained(work: Path, init: Path | None, schedule: NoiseSchedule, side: int)
     """A new UNet for latents of ``side`` with the text encoder of `clip`, or both as they are in the model ``init``."""
     anchor = load_text_encoder(work / "clip").eval()
     anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
-    unet, text_encoder = UNet2DConditionModel(replace(CONFIG, sample_size=side)), copy.deepcopy(anchor)
+    config = replace(CONFIG, sample_size=side, cross_attention_dim=anchor.config.hidden_size)
+    unet, text_encoder = UNet2DConditionModel(config), copy.deepcopy(anchor)
 
     if init is not None:
         earlier = loading.load(init, dtype=torch.float32)

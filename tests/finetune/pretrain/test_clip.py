@@ -1,5 +1,6 @@
 """The contrastive loss, and the scenes and batches that it is taken on."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,16 +10,23 @@ import torch.nn.functional as F
 from finetune.pretrain.clip import (
     BATCH,
     PAIRS,
+    SIZES,
     TEST_SEED,
     ContrastiveLoss,
     Retrieval,
+    Text,
     binding,
     build,
     contrast,
     distinct_scenes,
     draw_batch,
+    embed_images,
+    embed_text,
+    load_text_encoder,
     retrieval,
     retrieval_among,
+    tokenize,
+    write_towers,
     zero_shot,
 )
 from finetune.pretrain.evaluate import reconstruct_clip
@@ -126,3 +134,23 @@ def test_binding_is_told_by_the_nearer_caption(monkeypatch: pytest.MonkeyPatch) 
     for kind in WRONG:
         pairs = [(a, b) for a, b in zip(right, wrong_captions(scenes, TEST_SEED, [kind]), strict=True) if b]
         assert pairs and found[kind] == pytest.approx(sum(len(a) < len(b) for a, b in pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("text", list(Text))
+def test_the_layers_that_condition_pictures_are_written(text: Text, tmp_path: Path) -> None:
+    """The small encoder whole; of the larger one, all layers but the last, and its last norm, as OpenCLIP's is used."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
+    model = build(tokenizer, 64, text).eval()
+    write_towers(model, tmp_path, text)
+    encoder = load_text_encoder(tmp_path)
+    size = SIZES[text]
+    assert encoder.config.num_hidden_layers == size.used and encoder.config.hidden_size == size.width
+
+    ids = tokenize(tokenizer, ["a red sphere"])
+    tower: Any = model.text_model
+    with torch.no_grad():
+        states = tower(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = tower.final_layer_norm(states[size.used])
+        torch.testing.assert_close(encoder(input_ids=ids).last_hidden_state, expected, rtol=1e-2, atol=2e-2)
+        assert embed_text(tower, ids).shape == embed_images(model, torch.zeros(1, 3, 64, 64)).shape == (1, size.width)

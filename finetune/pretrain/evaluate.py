@@ -126,6 +126,12 @@ def as_many_as_asked(groups: Sequence[Group], verdicts: Sequence[Verdict]) -> fl
     return _share(values)
 
 
+def is_well_formed(verdict: Verdict) -> bool:
+    """Whether the probe sees objects, and is sure of the colour and the shape of each: probabilities over 0.9."""
+    sure = [min(found["color"], found["shape"]) > 0.9 for found in verdict.probabilities]
+    return bool(sure) and all(sure)
+
+
 def relation_right(
     pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]], sides: Sequence[str], verdicts: Sequence[Verdict]
 ) -> float:
@@ -179,8 +185,10 @@ def measure(sd: StableDiffusion, probe: Probe, seed: int, guidance: float, steps
             pairs, chosen, draw(sd, probe, texts, seed, guidance, steps)
         )
 
-    ignored = single(one_texts[:100], one[:100], draw(sd, probe, one_texts[:100], seed, 0.0, steps))
+    unguided = draw(sd, probe, one_texts[:100], seed, 0.0, steps)
+    ignored = single(one_texts[:100], one[:100], unguided)
     figures["guidance 0: colour and shape right (chance about 3)"] = ignored["colour and shape right"]
+    figures["guidance 0: a well-formed scene"] = _share([is_well_formed(verdict) for verdict in unguided])
     return figures
 
 

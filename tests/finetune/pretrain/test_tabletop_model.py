@@ -9,7 +9,15 @@ import torch
 import sdkit
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import retrieval
-from finetune.pretrain.evaluate import PROMPT_SEED, as_many_as_asked, both_right, draw, reconstruct_clip, single
+from finetune.pretrain.evaluate import (
+    PROMPT_SEED,
+    as_many_as_asked,
+    both_right,
+    draw,
+    is_well_formed,
+    reconstruct_clip,
+    single,
+)
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.scenes import sample_scenes
@@ -65,6 +73,14 @@ def test_as_many_alike_are_counted_and_nothing_else_may_be_there() -> None:
     red, blue = {"color": "red", "shape": "cube"}, {"color": "blue", "shape": "cube"}
     verdicts = [Verdict(seen, [], [], "white") for seen in ([red, red], [red], [red, red, blue], [red, red, red], [])]
     assert as_many_as_asked([(2, "red", "cube")] * 5, verdicts) == 20
+
+
+def test_a_scene_is_well_formed_where_the_probe_is_sure_of_every_object() -> None:
+    def verdict(*pairs: tuple[float, float]) -> Verdict:
+        return Verdict([{}] * len(pairs), [{"color": c, "shape": s} for c, s in pairs], [], "white")
+
+    assert is_well_formed(verdict((0.95, 0.99))) and is_well_formed(verdict((0.95, 0.99), (0.91, 0.91)))
+    assert not any(map(is_well_formed, (verdict(), verdict((0.99, 0.8)), verdict((0.99, 0.99), (0.5, 0.99)))))
 
 
 def test_the_vae_reconstructs_unseen_renders(sd: StableDiffusion) -> None:

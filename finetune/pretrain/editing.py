@@ -115,6 +115,14 @@ def _pixels(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
+def seams(which: Cases, images: list[Image.Image]) -> float:
+    """The mean absolute difference, of 255, of two neighbours of which the mask keeps one: what a seam adds to the few
+    that there are on a table."""
+    values, mask = _pixels(images).float().mean(3), which.masks[:, 0]
+    jumps = [values.diff(dim=axis).abs()[mask.diff(dim=axis) != 0] for axis in (1, 2)]
+    return torch.cat(jumps).mean().item()
+
+
 def along_strength(
     sd: StableDiffusion, which: Cases, seed: int, steps: int, guidance: float
 ) -> dict[float, list[Image.Image]]:
@@ -172,7 +180,8 @@ def main(
     painted = inpaint(sd, which, seed, steps, guidance)
     lines = [
         f"Inpainting: {share(shown(probe, painted), which.new):.0f} % of {count} show the new object; kept pixels "
-        f"identical: {'yes' if kept_are_identical(which, painted) else 'NO'}.",
+        f"identical: {'yes' if kept_are_identical(which, painted) else 'NO'}; neighbours across the mask's edge differ "
+        f"by {seams(which, painted):.1f} of 255, in the renders by {seams(which, to_pil(which.pictures * 2 - 1)):.1f}.",
         "",
         "| image-to-image at strength | input's object seen, % | prompt's object seen, % | RMS change of 255 |",
         "|---|---|---|---|",

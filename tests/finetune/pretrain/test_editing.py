@@ -1,6 +1,7 @@
 """The shipped model's editing of given pictures, judged by the probe."""
 
 import pytest
+import torch
 
 from finetune.pretrain.editing import (
     STRENGTHS,
@@ -10,6 +11,7 @@ from finetune.pretrain.editing import (
     difference,
     inpaint,
     kept_are_identical,
+    seams,
     share,
     shown,
 )
@@ -47,6 +49,14 @@ def test_inpainting_puts_the_new_object_there_and_keeps_the_rest(sd: StableDiffu
     assert share(shown(probe, images), few.new) >= 50
     images[0].putpixel((0, 0), (1, 2, 3))
     assert not kept_are_identical(few, images)
+
+
+def test_a_seam_is_what_neighbours_across_the_masks_edge_differ_by(few: Cases) -> None:
+    """Of grey pictures none; where what is repainted is 30 brighter, 30."""
+    grey = torch.full_like(few.pictures, 100 / 255)
+    assert seams(few, to_pil(grey * 2 - 1)) == 0
+    brighter = grey + few.masks * 30 / 255
+    assert seams(few, to_pil(brighter * 2 - 1)) == pytest.approx(30, abs=0.6)
 
 
 @pytest.mark.slow

@@ -9,11 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sdkit import figures
 from sdkit.errors import ConfigError
-from sdkit.sampling.schedule import NoiseSchedule
-from sdkit.stable_diffusion import StableDiffusion
-from sdkit.viewing import figures
-from sdkit.viewing.figures import (
+from sdkit.figures import (
     SIDE,
     denoising_sheet,
     depth_sheet,
@@ -25,6 +23,8 @@ from sdkit.viewing.figures import (
     schedules_figure,
     similarity_figure,
 )
+from sdkit.sampling.schedule import NoiseSchedule
+from sdkit.stable_diffusion import StableDiffusion
 from tests.sdkit.tiny import model
 
 Cells = list[tuple[list[np.ndarray[Any, Any]], list[str], int]]

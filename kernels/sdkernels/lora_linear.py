@@ -120,6 +120,7 @@ def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: i
 
     Where operands lie in registers (not on sm_90 and sm_100), 96 sums a thread do not fit beside them; there are
     BM (BN + rank) / (32 warps). So from rank 33 on a tile has half the rows there, but all columns: each repeats x A^T.
+    On sm_120 even that spills where x A^T is stored: half the columns, too.
     """
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 4, "num_stages": 2}
@@ -127,7 +128,7 @@ def _tiles(device: Device, dtype: torch.dtype, rows: int, columns: int, width: i
     stages = 3 if device.capability in (80, 90, 100) else 2  # shared memory: 164 to 228 KB, else 64 to 100
     large = ((128, 128, 64, 8, stages), (128, 64, 64, 4, stages))
     if rank > 32 and device.capability not in (90, 100):
-        large = ((64, 128, 32, 4, 3),)
+        large = ((64, 128, 32, 4, 3),) if device.capability != 120 else ()
 
     # The first that gives every multiprocessor a tile.
     small = (64, 64, 64, 4, stages)

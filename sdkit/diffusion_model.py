@@ -177,6 +177,13 @@ class DiffusionModel:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for; 64 cells of latents where it does not say."""
+        own = self.unet.config.sample_size or 64
+        rows, columns = own if isinstance(own, tuple) else (own, own)
+        return rows * self.vae.config.factor, columns * self.vae.config.factor
+
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move every network to ``device`` and cast it to ``dtype``, either may be given first; returns self.
 

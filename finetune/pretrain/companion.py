@@ -22,7 +22,7 @@ import sdkernels
 from finetune.lora.attach import add_lora
 from finetune.lora.saving import updates_of
 from finetune.pretrain.clip import tokenize
-from finetune.pretrain.noise_predictor import BATCH, DROPOUT, draw_timesteps, loss_weight
+from finetune.pretrain.noise_predictor import BATCH, DROPOUT, draw_timesteps, loss_weight, scaled_latents
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.pictures import COUNTS, REPEATS
@@ -81,25 +81,18 @@ def render_examples(kind: Kind, vae: AutoencoderKL, count: int, size: int) -> Ex
         scenes = sample_scenes(CHUNK, rng, COUNTS, repeats=REPEATS)
         rendered = render(scenes, size)
         pixels = rendered.images * 2 - 1
-        latents = encoded(vae, pixels)
+        latents = scaled_latents(vae, pixels)
         grid = (latents.shape[2], latents.shape[3])
 
         if kind is Kind.depth:
             extra = depth_channel(1 / rendered.depth, grid)
         else:
             masks = draw_masks(rendered, rng)
-            extra = torch.cat([sampled(masks, grid), encoded(vae, pixels * (1 - masks))], dim=1)
+            extra = torch.cat([sampled(masks, grid), scaled_latents(vae, pixels * (1 - masks))], dim=1)
         parts.append(Examples(latents.half(), extra.half(), scenes))
 
     latents, extra, scenes = zip(*parts, strict=True)
     return Examples(torch.cat(latents)[:count], torch.cat(extra)[:count], Scenes.cat(scenes)[slice(count)])
-
-
-def encoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Scaled latents of pictures [B, 3, H, W] in [-1, 1]."""
-    with autocast():
-        mean = vae.encode(pixels).mode()
-    return mean.float() * vae.config.scaling_factor
 
 
 def draw_masks(rendered: Rendered, rng: torch.Generator) -> Tensor:
@@ -223,8 +216,7 @@ def main(
     """Train it and write its folder; a killed run goes on where it stopped."""
     torch.manual_seed(0)
     model = StableDiffusion.from_pretrained(base, device="cpu", dtype=torch.float32)
-    latent, own = model.vae.config.latent_channels, model.unet.config.sample_size
-    size = (own if isinstance(own, int) else 16) * model.vae.config.factor
+    latent, size = model.vae.config.latent_channels, model.picture_size[0]
     channels = latent + (1 if kind is Kind.depth else 1 + latent)
 
     sd = widened(model, channels)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sdkernels
-from finetune.pretrain.companion import encoded
+from finetune.pretrain.noise_predictor import scaled_latents
 from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, SHAPES, sample_scenes
@@ -50,7 +50,7 @@ def render_examples(vae: AutoencoderKL, count: int, size: int, seed: int) -> Exa
     classes: list[Tensor] = []
     for _ in tqdm(range(0, count, 64), desc="render", mininterval=5.0):
         scenes = sample_scenes(64, rng, counts=(1.0, 0.0, 0.0), held_out="include")
-        latents.append(encoded(vae, render(scenes, size).images * 2 - 1).half())
+        latents.append(scaled_latents(vae, render(scenes, size).images * 2 - 1).half())
         classes.append(scenes.color[:, 0] * len(SHAPES) + scenes.shape[:, 0])
     return Examples(torch.cat(latents)[:count], torch.cat(classes)[:count])
 
@@ -115,8 +115,7 @@ def main(
     """Train it and write its folder; a killed run goes on where it stopped."""
     torch.manual_seed(0)
     sd = StableDiffusion.from_pretrained(base, device="cpu", dtype=torch.float32)
-    own = sd.unet.config.sample_size
-    size = (own if isinstance(own, int) else 16) * sd.vae.config.factor
+    size = sd.picture_size[0]
     classifier = LatentClassifier(ClassifierConfig(CLASSES, sd.vae.config.latent_channels))
 
     batches = draw_batches(render_examples(sd.vae, examples, size, SCENE_SEED), sd.schedule.num_train_timesteps)

@@ -101,12 +101,18 @@ def encoded(vae: AutoencoderKL, pictures: TrainingPictures, folder: Path) -> Ten
     if not file.exists():
         parts: list[Tensor] = []
         for index in tqdm(torch.arange(len(pictures)).split(64), desc="encode", mininterval=5.0):
-            with autocast():
-                mean = vae.encode(pictures.pixels(index)).mode()
-            parts.append((mean.float() * vae.config.scaling_factor).half())
+            parts.append(scaled_latents(vae, pictures.pixels(index)).half())
         with replacing(file) as temporary:
             torch.save(torch.cat(parts), temporary)
     return torch.load(file, weights_only=True)
+
+
+@torch.no_grad()
+def scaled_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """The posterior's mean, scaled, of pictures [B, 3, H, W] in [-1, 1]."""
+    with autocast():
+        mean = vae.encode(pixels).mode()
+    return mean.float() * vae.config.scaling_factor
 
 
 class Batch(NamedTuple):

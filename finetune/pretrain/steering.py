@@ -100,8 +100,7 @@ def by_depth(
     """Renders redrawn at strength 1 by their estimated depth and a prompt for another colour: the mean correlation of
     the results' estimated depth with the given one, and how often the colour is right, in per cent."""
     scenes = sample_scenes(count, SCENE_SEED, counts=(1.0, 0.0, 0.0))
-    own = sd.unet.config.sample_size
-    size = (own if isinstance(own, int) else 16) * sd.vae.config.factor
+    size = sd.picture_size[0]
     pictures = render(scenes, size).images
     colors = [COLORS[(c + 1 + i) % len(COLORS)] for i, c in enumerate(scenes.color[:, 0].tolist())]
     prompts = [single_prompt(color, SHAPES[s]) for color, s in zip(colors, scenes.shape[:, 0].tolist(), strict=True)]

@@ -55,8 +55,7 @@ def prompts_of(scenes: Scenes) -> list[str]:
 @torch.no_grad()
 def look(sd: StableDiffusion, scenes: Scenes, seed: int) -> Looked:
     """Where the words of the scenes' captions look, on average over TIMESTEPS."""
-    own = sd.unet.config.sample_size
-    rendered = render(scenes, (own if isinstance(own, int) else 16) * sd.vae.config.factor)
+    rendered = render(scenes, sd.picture_size[0])
     latents = sd.vae.encode(rendered.images * 2 - 1).mode() * sd.vae.config.scaling_factor
     prompts, rng = prompts_of(scenes), torch.Generator().manual_seed(seed)
     context = encode_prompts(sd.tokenizer, sd.text_encoder, prompts, None)[0]

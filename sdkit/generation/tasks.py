@@ -77,13 +77,11 @@ def text_task(model: DiffusionModel, settings: Settings, hires: Hires | None) ->
     """The task that starts from noise alone, at the size asked for or the model's own."""
     check_channels(model, "text_to_image", 0)
 
-    own: int | tuple[int, int] = model.unet.config.sample_size or 64
-    rows, columns = own if isinstance(own, tuple) else (own, own)
-    factor = model.vae.config.factor
-    height = rows * factor if settings.height is None else settings.height
-    width = columns * factor if settings.width is None else settings.width
+    rows, columns = model.picture_size
+    height = rows if settings.height is None else settings.height
+    width = columns if settings.width is None else settings.width
 
-    check_size(width, height, factor)
+    check_size(width, height, model.vae.config.factor)
     return Task("text_to_image", height, width, hires=hires)
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.record import Row, read
+from sdkit.files import replace_section
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-START, END = "<!-- tables -->", "<!-- /tables -->"
+SECTION = "tables"
 NOT_MEASURED = "Not measured: no run on a GPU lies in `bench/results/`. `make gpu` on a machine with one makes it."
 GUEST = "ours in diffusers"  # our networks inside a peer: neither ours nor a peer
 
@@ -167,10 +168,8 @@ def on_a_gpu(runs: Iterable[Sequence[Row]]) -> list[Sequence[Row]]:
 
 def write_readme() -> None:
     """Replace what stands between the marks in README.md."""
-    readme = HERE / "README.md"
-    head, rest = readme.read_text().split(START)
     content = tables(on_a_gpu(read(file) for file in sorted(RESULTS.glob("*.jsonl")))) or NOT_MEASURED
-    readme.write_text(f"{head}{START}\n{content}\n{END}{rest.split(END)[1]}")
+    replace_section(HERE / "README.md", SECTION, content)
 
 
 def main() -> None:

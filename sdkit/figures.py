@@ -14,7 +14,7 @@ from sdkit.errors import ConfigError
 from sdkit.images.depth import DepthSource, read_depth
 from sdkit.images.inputs import Pictures, picture_tensors
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import PAPER, contact_sheet
+from sdkit.images.sheet import contact_sheet, stacked
 from sdkit.networks.vae import AutoencoderKL
 from sdkit.prompts.encoding import encode_prompts
 from sdkit.sampling.plot import INK_CODE, LINE, PALE, empty_figure, rendered
@@ -66,7 +66,7 @@ def schedules_figure(schedules: dict[str, NoiseSchedule], image: Pictures, colum
 
     axes.set(xlabel="timestep", ylabel="signal, sqrt(acp)")
     _dress(axes)
-    return _stacked([rendered(figure), _sheet(images, labels, columns)])
+    return stacked([rendered(figure), _sheet(images, labels, columns)])
 
 
 # Noise predicted
@@ -79,22 +79,33 @@ def prediction_figure(
     """How wrong the network's prediction is over the timesteps, told the right text of each picture, none, and a wrong
     one: the mean squared error of what it is trained to predict. prompts, wrong: one for each picture."""
     pixels = picture_tensors(images, None, None, sd.vae.config.factor)
-    if not len(pixels) == len(prompts) == len(wrong):
-        found = f"{len(prompts)} and {len(wrong)}"
-        raise ConfigError(f"prediction figure: expected as many prompts as pictures, {len(pixels)}, found {found}")
-    latents = _encoded(sd, pixels)
     timesteps = torch.linspace(0, sd.schedule.num_train_timesteps - 1, points).long().tolist()
 
     figure = empty_figure(8.0, 3.6)
     axes = figure.add_axes((0.1, 0.15, 0.87, 0.76))
-    texts = {"the right text": list(prompts), "no text": [""] * len(prompts), "a wrong text": list(wrong)}
+    texts = {"the right text": list(prompts), "no text": [""] * len(pixels), "a wrong text": list(wrong)}
     for (name, own), colour in zip(texts.items(), _colours(3), strict=True):
-        context = encode_prompts(sd.tokenizer, sd.text_encoder, own, None)[0].to(sd.device, sd.dtype)
-        errors = [_prediction_error(sd, latents, t, context) for t in timesteps]
+        errors = prediction_errors(sd, pixels / 2 + 0.5, own, timesteps)
         axes.plot(timesteps, errors, "o-", color=colour, lw=1.5, ms=4, label=name)
     axes.set(xlabel="timestep", ylabel=f"error of {sd.schedule.prediction_type}", yscale="log")
     _dress(axes)
     return rendered(figure)
+
+
+@torch.no_grad()
+def prediction_errors(
+    sd: StableDiffusion, images: Pictures, prompts: Sequence[str], timesteps: Sequence[int]
+) -> list[float]:
+    """The mean squared error of what the network is trained to predict, at each timestep, over pictures that have a
+    prompt each. The noise is the same for all prompts."""
+    pixels = picture_tensors(images, None, None, sd.vae.config.factor)
+    if len(pixels) != len(prompts):
+        raise ConfigError(
+            f"prediction errors: expected as many prompts as pictures, {len(pixels)}, found {len(prompts)}"
+        )
+    latents = _encoded(sd, pixels)
+    context = encode_prompts(sd.tokenizer, sd.text_encoder, list(prompts), None)[0].to(sd.device, sd.dtype)
+    return [_prediction_error(sd, latents, t, context) for t in timesteps]
 
 
 def _prediction_error(sd: StableDiffusion, latents: Tensor, t: int, context: Tensor) -> float:
@@ -145,14 +156,28 @@ def reconstruction_sheet(vae: AutoencoderKL, images: Pictures) -> Image.Image:
 
 def interpolation_sheet(sd: StableDiffusion, first: Pictures, second: Pictures, columns: int = 7) -> Image.Image:
     """From one picture to another: above, a mean of their pixels; below, the decoded mean of their latents."""
-    (pixels, latents), (other_pixels, other_latents) = _one_picture(sd, first), _one_picture(sd, second)
-    if pixels.shape != other_pixels.shape:
-        raise ConfigError("interpolation sheet: expected two pictures of one size")
     shares = torch.linspace(0, 1, columns).tolist()
-    images = [torch.lerp(pixels, other_pixels, share) for share in shares]
-    images += [_decoded(sd, torch.lerp(latents, other_latents, share)) for share in shares]
+    of_pixels, of_latents = between(sd, first, second, shares)
+
     labels = [f"pixels, {share:.2f}" for share in shares] + [f"latents, {share:.2f}" for share in shares]
-    return _sheet([to_pil(x.clamp(-1, 1))[0] for x in images], labels, columns)
+    return _sheet([to_pil(x[:1] * 2 - 1)[0] for x in (*of_pixels, *of_latents)], labels, columns)
+
+
+def between(
+    sd: StableDiffusion, first: Pictures, second: Pictures, shares: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pictures between each of ``first`` (share 0) and of ``second`` (share 1), [N, 3, H, W] in [0, 1] for every share:
+    the means of their pixels, and the decoded means of their latents."""
+    pixels, others = (picture_tensors(each, None, None, sd.vae.config.factor) for each in (first, second))
+    if pixels.shape != others.shape:
+        found = f"{list(pixels.shape)} and {list(others.shape)}"
+        raise ConfigError(f"interpolation: expected as many pictures of one size, found {found}")
+    latents, other_latents = _encoded(sd, pixels), _encoded(sd, others)
+
+    decoded = [_decoded(sd, torch.lerp(latents, other_latents, share)) for share in shares]
+    return [torch.lerp(pixels, others, share) / 2 + 0.5 for share in shares], [
+        x.clamp(-1, 1) / 2 + 0.5 for x in decoded
+    ]
 
 
 # Text
@@ -242,16 +267,6 @@ def _sheet(images: Sequence[Image.Image], labels: Sequence[str], columns: int) -
     size = (width * factor, height * factor)
     scaled = [image.resize(size, Image.Resampling.NEAREST) for image in images]
     return contact_sheet(scaled, columns, labels)
-
-
-def _stacked(images: Sequence[Image.Image]) -> Image.Image:
-    """One above the other, from the left."""
-    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), PAPER)
-    top = 0
-    for image in images:
-        whole.paste(image, (0, top))
-        top += image.height
-    return whole
 
 
 def _colours(count: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files and folders, whatever is in them: JSON, hashes, and writing under a temporary name.
+"""Files and folders, whatever is in them: JSON, hashes, sections of documents, and writing under a temporary name.
 
 Everything that we write appears whole or not at all: it is written beside its place and then renamed, so that an error
 or a killed process leaves what was there before.
@@ -101,6 +101,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any], sort_keys: bool = False) -> None:
     """Write a JSON object, indented by 2. Raises CheckpointError when it cannot be written."""
     write_text(path, json.dumps(values, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def section(document: str | os.PathLike[str], name: str) -> str:
+    """What stands in a document from <!-- name --> to <!-- /name -->. Raises ConfigError unless each is there once."""
+    return _around(Path(document), name)[1].strip()
+
+
+def replace_section(document: str | os.PathLike[str], name: str, text: str) -> None:
+    """Put a text in place of a document's `section`. Raises ConfigError unless its marks are there once each."""
+    before, _, after = _around(Path(document), name)
+    write_text(document, f"{before}\n{text}\n{after}")
+
+
+def _around(document: Path, name: str) -> tuple[str, str, str]:
+    """The text up to and with a section's first mark, what is in it, and the rest from its last mark on."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ConfigError(f"{document}: expected a document with {start} and {end}, once each")
+    before, rest = text.split(start)
+    within, after = rest.split(end)
+    return before + start, within, end + after
 
 
 @contextmanager

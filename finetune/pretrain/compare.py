@@ -29,13 +29,13 @@ from finetune.pretrain.probe import load_probe
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.scenes import sample_scenes
 from finetune.training.states import saved_states
-from sdkit.files import write_text
+from sdkit.files import replace_section, write_text
 from sdkit.images.sheet import contact_sheet
 from sdkit.stable_diffusion import StableDiffusion
 
 RESULTS = Path(__file__).with_suffix(".json")
 DOCS = Path("docs")
-START, END = "<!-- comparison -->", "<!-- /comparison -->"
+SECTION = "comparison"
 PICTURES, PRIOR = 24, 400
 STEPS, PARTS = 1600, 4
 GUIDANCE, SAMPLING_STEPS, SAMPLER, SEED = 3.5, 20, "dpmpp_2m", 20_000
@@ -264,9 +264,7 @@ def sheet(work: Path) -> Image.Image:
 
 def write_readme() -> None:
     """Put the table into finetune/README.md."""
-    readme = Path(finetune.__file__).parent / "README.md"
-    text = readme.read_text()
-    write_text(readme, f"{text.split(START)[0]}{START}\n{table(read_results())}\n{END}{text.split(END)[1]}")
+    replace_section(Path(finetune.__file__).parent / "README.md", SECTION, table(read_results()))
 
 
 def main(

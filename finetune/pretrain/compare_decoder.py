@@ -28,13 +28,13 @@ from finetune.train_vae_decoder import DecoderData, pixels, validation_views
 from finetune.vae_decoder.metrics import measure
 from sdkit.checkpoints.loading import load_vae
 from sdkit.checkpoints.vae_file import load_vae_file
-from sdkit.files import write_text
+from sdkit.files import replace_section, write_text
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import contact_sheet
 from sdkit.networks.vae import AutoencoderKL
 
 RESULTS = Path(__file__).with_suffix(".json")
-START, END = "<!-- decoder -->", "<!-- /decoder -->"
+SECTION = "decoder"
 OPTIONS = ("--max-train-steps", "150", "--train-batch-size", "8", "--random-flip", "--learning-rate", "5e-4",
            "--lr-scheduler", "cosine", "--lr-warmup-steps", "20", "--ema-decay", "0.99", "--num-validation-images",
            "0")  # fmt: skip
@@ -138,10 +138,7 @@ def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     print(table(results))
     sheet(rows).save("docs/decoder.png", optimize=True)
-
-    readme = Path(finetune.__file__).parent / "README.md"
-    text = readme.read_text()
-    write_text(readme, f"{text.split(START)[0]}{START}\n{table(results)}\n{END}{text.split(END)[1]}")
+    replace_section(Path(finetune.__file__).parent / "README.md", SECTION, table(results))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, SHAPES, TABLES, sample_scenes
 from sdkit.checkpoints.loading import MODELS
-from sdkit.files import write_text
+from sdkit.files import replace_section, section
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import contact_sheet
 from sdkit.stable_diffusion import StableDiffusion
@@ -31,7 +31,7 @@ from sdkit.stable_diffusion import StableDiffusion
 SCENE_SEED = 4_000_001
 STRENGTHS = (0.0, 0.2, 0.5, 0.8, 1.0)
 MARGIN = 4  # pixels of the mask around the object
-START, END = "<!-- editing -->", "<!-- /editing -->"
+SECTION = "editing"
 
 Pair = tuple[str, str]
 
@@ -172,10 +172,7 @@ def main(
 ) -> None:
     """Measure the model, draw both figures, and write the table into its README.md."""
     readme = model / "README.md"
-    card = readme.read_text()
-    if START not in card or END not in card:
-        raise typer.BadParameter(f"{readme}: expected a model card with {START} and {END}")
-
+    section(readme, SECTION)  # that it has one is known before hours have passed
     sd, probe, which = StableDiffusion.from_pretrained(model, device="cpu"), load_probe(), cases(count)
     painted = inpaint(sd, which, seed, steps, guidance)
     lines = [
@@ -201,7 +198,7 @@ def main(
     few = which[:4]
     sheet(few, {"repainted": painted[:4]}).save(out / "inpaint.png", optimize=True)
     sheet(few, {f"{s:g}": images[:4] for s, images in moved.items()}).save(out / "img2img.png", optimize=True)
-    write_text(readme, f"{card.split(START)[0]}{START}\n{text}\n{END}{card.split(END)[1]}")
+    replace_section(readme, SECTION, text)
 
 
 if __name__ == "__main__":

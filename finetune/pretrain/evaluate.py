@@ -29,7 +29,7 @@ from finetune.pretrain.world.captions import NUMBERS, WORDS, captions, group_pro
 from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.scenes import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from sdkit.checkpoints.loading import MODELS
-from sdkit.files import write_text
+from sdkit.files import replace_section, section, write_text
 from sdkit.images.sheet import contact_sheet
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -46,7 +46,7 @@ GRID = (
     "a cyan torus to the left of a red cone", "an orange sphere in front of a green cylinder",
     "a small blue cube to the right of a large yellow cone", "a blue sphere", "a red torus",
 )  # fmt: skip
-START, END = "<!-- results -->", "<!-- /results -->"
+SECTION = "results"
 
 
 def draw(
@@ -244,9 +244,8 @@ def main(
 ) -> None:
     """Measure the model; with --card, write README.md's table, grid.png and results.json in its folder."""
     readme = model / "README.md"
-    old = readme.read_text() if readme.exists() else ""
-    if card and (START not in old or END not in old):
-        raise typer.BadParameter(f"{readme}: expected a model card with {START} and {END}; see --no-card")
+    if card:
+        section(readme, SECTION)  # that it has one is known before hours have passed
 
     sd, probe = StableDiffusion.from_pretrained(model, device="cpu"), load_probe()
     chosen = [1_000 * (k + 1) for k in range(seeds)]
@@ -274,7 +273,7 @@ def main(
     }
     results = {"settings": facts, "seeds": chosen, "runs": runs} | once
     write_text(model / "results.json", json.dumps(results, indent=1))
-    write_text(readme, f"{old.split(START)[0]}{START}\n{text}\n{END}{old.split(END)[1]}")
+    replace_section(readme, SECTION, text)
 
 
 if __name__ == "__main__":

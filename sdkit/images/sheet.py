@@ -1,4 +1,4 @@
-"""A sheet of pictures: rows and columns, with captions."""
+"""A sheet of pictures: rows and columns, with captions; and sheets one above the other."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ def contact_sheet(
         for n, part in enumerate(text.split("\n")):
             draw.text((x + width / 2, y + height + gap // 2 + n * line), part, INK, font, anchor="ma")
     return sheet
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one above the other, from the left, on the sheet's paper."""
+    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), PAPER)
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    return whole
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from bench import report
 from bench.record import Row
+from sdkit.files import section
 
 
 def run(device: str = "NVIDIA H100", cuda: str | None = "13.0", ours: float = 10.0, day: int = 2) -> list[Row]:
@@ -93,7 +94,6 @@ def test_a_run_is_kept_under_its_device_and_date(tmp_path: Path, monkeypatch: py
 
 def test_the_readme_is_what_the_results_make() -> None:
     """bench/README.md is generated from bench/results/: no figure there without a run."""
-    text = (report.HERE / "README.md").read_text()
     runs = [report.read(file) for file in sorted(report.RESULTS.glob("*.jsonl"))]
     expected = report.tables(report.on_a_gpu(runs)) or report.NOT_MEASURED
-    assert text.split(report.START)[1].split(report.END)[0].strip() == expected
+    assert section(report.HERE / "README.md", report.SECTION) == expected

@@ -129,7 +129,7 @@ def test_interpolations_begin_and_end_with_the_pictures(
     for found, expected in ((0, 0), (2, 1), (3, 2), (5, 3)):
         np.testing.assert_allclose(images[found], known[expected], atol=2)
     np.testing.assert_allclose(images[1], (images[0] + images[2]) / 2, atol=2)
-    with pytest.raises(ConfigError, match="two pictures of one size"):
+    with pytest.raises(ConfigError, match="pictures of one size"):
         interpolation_sheet(sd, pictures[:1], torch.rand(1, 3, 48, 48))
 
 

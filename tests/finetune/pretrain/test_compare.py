@@ -12,6 +12,7 @@ from finetune.data.folders import Rules, read_folder
 from finetune.pretrain import compare, compare_decoder
 from finetune.pretrain.compare import BASE, STEPS, WAYS, Result, Way, folder_of, keep, learning_curves, nbytes, table
 from finetune.pretrain.concept import concept_prompts, write_concept_folder
+from sdkit.files import section
 from sdkit.stable_diffusion import StableDiffusion
 from tests.finetune import toy
 
@@ -77,8 +78,7 @@ def test_every_way_runs_and_changes_the_pictures(way: Way, tmp_path: Path):
 
 def test_the_readme_is_what_the_results_make():
     """No figure stands there without a run."""
-    text = (Path(finetune.__file__).parent / "README.md").read_text()
-    assert text.split(compare.START)[1].split(compare.END)[0].strip() == table(compare.read_results())
+    assert section(Path(finetune.__file__).parent / "README.md", compare.SECTION) == table(compare.read_results())
 
 
 def test_the_lora_that_is_on_record_meets_its_bars():
@@ -111,8 +111,7 @@ def test_a_lora_teaches_the_concept_and_keeps_the_rest(tmp_path: Path):
 
 def test_the_decoders_table_is_what_the_results_make_and_meets_its_bars():
     results = json.loads(compare_decoder.RESULTS.read_text())
-    text = (Path(finetune.__file__).parent / "README.md").read_text()
-    shown = text.split(compare_decoder.START)[1].split(compare_decoder.END)[0].strip()
+    shown = section(Path(finetune.__file__).parent / "README.md", compare_decoder.SECTION)
     assert shown == compare_decoder.table(results)
     striped, photographs = results["striped"], results["photographs"]
     assert striped["PSNR after"] >= striped["PSNR before"] + 1.5

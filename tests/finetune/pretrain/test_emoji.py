@@ -75,7 +75,8 @@ def test_folders_hold_the_base_in_two_styles_and_the_lesson_in_the_third(
 ) -> None:
     monkeypatch.setattr(folders, "LESSON", 1)
     folders.main(work)
-    rows = {name: [json.loads(x) for x in (work / name / "metadata.jsonl").open()] for name in ("base", "style")}
+    texts = {name: (work / name / "metadata.jsonl").read_text() for name in ("base", "style")}
+    rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts.items()}
     assert len(rows["base"]) == 2 * 2 * folders.TIMES and len(rows["style"]) == 1
     assert {row["text"].split(", ")[1] for row in rows["base"]} == {"noto style", "classic style"}
     (subject,) = folders.lesson_subjects(read_sets(work / "node_modules"))

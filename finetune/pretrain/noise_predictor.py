@@ -302,7 +302,12 @@ def main(
     loss = untrained(work, init, schedule, latents.shape[-1])
     prompts = PROMPTS if data is None else pictures.captions(torch.arange(min(16, len(pictures))), seed=0)
     recipe = Recipe(
-        max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=300, decay_from=0.4, ema_decay=0.999
+        max_train_steps=steps,
+        learning_rate=learning_rate,
+        lr_warmup_steps=300,
+        decay_from=0.4,
+        ema_decay=0.999,
+        optimizer="muon",
     )
     length = loss.anchor.config.max_position_embeddings
     trained = train_on_the_cpu(

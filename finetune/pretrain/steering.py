@@ -57,10 +57,12 @@ def variety(images: Tensor) -> float:
     return 255 * float((images - images.mean(0)).square().mean().sqrt())
 
 
-def drawn(sd: StableDiffusion, prompts: Sequence[str], seed: int, steps: int, **options: Any) -> Tensor:
+def drawn(sd: StableDiffusion, prompts: Sequence[str] | None, seed: int, steps: int, **options: Any) -> Tensor:
     """A picture of each prompt, float32 [N, 3, H, W] in [0, 1]."""
     own: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt", "progress": False, "max_batch_size": 50}
-    return sd.text_to_image(list(prompts), seed=seed, **(own | options)).images.float().cpu()
+    return (
+        sd.text_to_image(None if prompts is None else list(prompts), seed=seed, **(own | options)).images.float().cpu()
+    )
 
 
 def along_guidance(

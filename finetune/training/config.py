@@ -9,16 +9,20 @@ from typing import Annotated, Literal
 from finetune.options import check_options, refuse_unread_options
 from sdkit.checks import POSITIVE, SEEDS, Range
 
+Optimizer = Literal["adamw", "muon"]
 Scheduler = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW's settings, the learning rate's course, and what is written on the way. Names are diffusers'."""
+    """The optimizer's settings, the learning rate's course, and what is written on the way. Names are diffusers'."""
 
     max_train_steps: Annotated[int, "Optimizer steps.", Range(1)] = 1000
     gradient_accumulation_steps: Annotated[int, "Micro-batches a step.", Range(1)] = 1
     learning_rate: Annotated[float, "Highest learning rate.", Range(0)] = 1e-4
+    optimizer: Annotated[
+        Optimizer, "muon moves matrices along orthogonal steps, as large as AdamW's; adamw all parameters."
+    ] = "adamw"
     lr_scheduler: Annotated[Scheduler, "How the rate goes on after the warm-up."] = "constant"
     lr_warmup_steps: Annotated[int, "Steps over which the rate rises from 0.", Range(0)] = 0
     lr_num_cycles: Annotated[int, "Cosines of cosine_with_restarts.", Range(1)] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from finetune.training.averaging import MovingAverage, full_tensor, in_place_of
 from finetune.training.config import TrainConfig
 from finetune.training.facts import FORMAT, SHOWN, Facts, check_same_run, options_as_facts
 from finetune.training.history import History, Row
+from finetune.training.muon import Muon
 from finetune.training.states import newest_state, remove_states, save_state, saved_states, set_aside
 from sdkit.checks import POSITIVE, check_range
 from sdkit.errors import ConfigError
@@ -58,14 +60,9 @@ class RunState:
 
         groups = _groups(loss, highest_rate or (lambda name: config.learning_rate))
         self.highest_rate = config.learning_rate or max(group["highest"] for group in groups)
-        optimizer = torch.optim.AdamW(
-            groups,
-            config.learning_rate,
-            (config.adam_beta1, config.adam_beta2),
-            config.adam_epsilon,
-            config.adam_weight_decay,
-            fused=True,
-        )
+        if config.optimizer == "muon" and accelerator.is_fsdp2:
+            raise ConfigError("optimizer: expected adamw under FSDP, found muon, which needs whole matrices")
+        optimizer = _optimizer(groups, config)
         self.module, self.optimizer = accelerator.prepare(loss.train(), optimizer)
 
         self.loss = accelerator.unwrap_model(self.module)
@@ -187,21 +184,30 @@ class RunState:
 
 
 def _groups(loss: nn.Module, highest_rate: Callable[[str], float]) -> list[dict[str, Any]]:
-    """The optimizer's groups: parameters that require a gradient, by their highest learning rate."""
+    """The optimizer's groups: parameters that require a gradient, by their highest learning rate and by whether their
+    matrices are ones: the rows of an embedding are vectors of their own."""
     named = {name: p for name, p in loss.named_parameters() if p.requires_grad}
     if not named:
         raise ConfigError("training: no parameter requires a gradient")
 
+    tables = {f"{name}.weight" for name, module in loss.named_modules() if isinstance(module, nn.Embedding)}
     rates = {name: highest_rate(name) for name in named}
     for name, p in named.items():
         if p.dtype != torch.float32:
             raise ConfigError(f"training: expected float32 for what is trained, found {p.dtype} in {name}")
         check_range(f"learning_rate (of {name})", rates[name], POSITIVE)
 
+    kinds = {name: (rate, name not in tables) for name, rate in rates.items()}
     return [
-        {"params": [p for name, p in named.items() if rates[name] == rate], "highest": rate}
-        for rate in sorted(set(rates.values()))
+        {"params": [p for name, p in named.items() if kinds[name] == kind], "highest": kind[0], "matrices": kind[1]}
+        for kind in sorted(set(kinds.values()))
     ]
+
+
+def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    kind = Muon if config.optimizer == "muon" else partial(torch.optim.AdamW, fused=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return kind(groups, config.learning_rate, betas, config.adam_epsilon, config.adam_weight_decay)
 
 
 def _check_gradients(parameters: Mapping[str, Tensor]) -> None:

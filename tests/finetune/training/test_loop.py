@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sdkernels
+from finetune.training import muon
 from finetune.training.history import History
 from finetune.training.loop import make_accelerator, on_the_cpu, train
 from finetune.training.states import STATE, load_state, save_state, saved_states
@@ -31,8 +33,12 @@ ROOT = Path(__file__).parents[3]
 # Resume
 
 
-def test_a_run_that_is_killed_anywhere_goes_on_bit_for_bit(tmp_path: Path):
-    config = replace(toy.CONFIG, checkpointing_steps=3)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_is_killed_anywhere_goes_on_bit_for_bit(
+    tmp_path: Path, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(muon, "SHORTEST", 2)
+    config = replace(toy.CONFIG, checkpointing_steps=3, optimizer=optimizer)
     whole, history = toy.run(tmp_path / "whole", config)
     average = load_state(saved_states(tmp_path / "whole")[-1])["average"]
     assert len(history.rows) == 12 and losses(history)[-1] < losses(history)[0]
@@ -43,6 +49,8 @@ def test_a_run_that_is_killed_anywhere_goes_on_bit_for_bit(tmp_path: Path):
         resumed, rest = toy.run(folder, config)
         assert rest.rows == history.rows and same(resumed, whole), deadly
         assert same(load_state(saved_states(folder)[-1])["average"], average)
+    moments = load_state(saved_states(tmp_path / "whole")[-1])["optimizer"]
+    assert ("momentum" in moments["first.weight"]) == (optimizer == "muon") and "exp_avg" in moments["first.bias"]
 
 
 def test_sigkill_and_resume_are_exact(tmp_path: Path):

@@ -11,7 +11,8 @@ The end of the text and the padding behind it have seen every word, so a network
 have a place in the picture. So half of the steps have no padding, one token in ten is missing, and where it is known
 where objects are, their words are taught to be looked at from there (`finetune.pretrain.grounding`).
 
-Ends by writing the whole model.
+Ends by writing the whole model. On several cores processes of one thread each are faster than one of several threads:
+``ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m finetune.pretrain.noise_predictor``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -36,7 +38,7 @@ import sdkernels
 from finetune.pretrain.clip import load_text_encoder, tokenize
 from finetune.pretrain.grounding import Places, attention_of, find_places, grounding_loss
 from finetune.pretrain.own_pictures import TrainingPictures, image_folder
-from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.recipe import Recipe, autocast, is_main_process, main_process_first, train_on_the_cpu
 from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
 from finetune.seeds import step_generator
 from finetune.training.averaging import in_place_of
@@ -190,10 +192,15 @@ class Draws:
     length: int
     dropout: float = DROPOUT
 
+    @cached_property
+    def groups(self) -> list[Tensor]:
+        """The pictures by how many objects they show."""
+        return by_count(self.pictures.count)
+
     def __call__(self, step: int) -> Batch:
         """Step ``step``'s batch."""
         rng = step_generator(RUN, step)
-        index = draw_pictures(self.pictures.count, rng)
+        index = draw_pictures(self.groups, rng)
         x0 = self.latents[index].float()
         noise = torch.randn(x0.shape, generator=rng)
 
@@ -210,10 +217,28 @@ class Draws:
         return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), ids, seen, places)
 
 
-def draw_pictures(count: Tensor, rng: torch.Generator) -> Tensor:
-    """Indices [BATCH] of pictures, drawn so that COUNTS holds; ``count`` [N] is how many objects each shows."""
-    weights = torch.tensor(COUNTS) / count.bincount(minlength=4)[1:]
-    return torch.multinomial(weights[count - 1], BATCH, replacement=True, generator=rng)
+def share(batch: Batch, process: int, processes: int) -> Batch:
+    """What one of several processes trains on: every ``processes``-th sample."""
+    own, places = torch.arange(process, BATCH, processes), batch.places
+    if places is not None:
+        kept = places.sample % processes == process
+        places = Places(places.sample[kept] // processes, places.token[kept], places.cover[kept])
+    return Batch(batch.x0[own], batch.noise[own], batch.t[own], batch.ids[own], batch.seen[own], places)
+
+
+def by_count(count: Tensor) -> list[Tensor]:
+    """Indices of the pictures with one, two and three objects; ``count`` [N] is how many objects each shows."""
+    return [(count == number).nonzero()[:, 0] for number in (1, 2, 3)]
+
+
+def draw_pictures(groups: Sequence[Tensor], rng: torch.Generator) -> Tensor:
+    """Indices [BATCH] of pictures from the groups of `by_count`, so that COUNTS holds."""
+    weights = torch.tensor(COUNTS) * torch.tensor([len(group) > 0 for group in groups])
+    kinds = torch.multinomial(weights, BATCH, replacement=True, generator=rng).tolist()
+    within = torch.rand(BATCH, generator=rng).tolist()
+    return torch.stack(
+        [groups[kind][int(place * len(groups[kind]))] for kind, place in zip(kinds, within, strict=True)]
+    )
 
 
 def draw_timesteps(total: int, rng: torch.Generator) -> Tensor:
@@ -291,11 +316,12 @@ def main(
 
     # Pictures as latents.
     torch.manual_seed(0)
-    pictures = training_pictures(work, scenes, scenes // 2, size) if data is None else image_folder(data, size)[0]
-    vae = loading.load_vae(work / "vae", dtype=torch.float32)
     folder = work / "unet"
     folder.mkdir(parents=True, exist_ok=True)
-    latents = encoded(vae, pictures, folder)
+    vae = loading.load_vae(work / "vae", dtype=torch.float32)
+    with main_process_first():
+        pictures = training_pictures(work, scenes, scenes // 2, size) if data is None else image_folder(data, size)[0]
+        latents = encoded(vae, pictures, folder)
     tokenizer = load_tokenizer(work / "clip" / "tokenizer")
 
     # Training.
@@ -315,11 +341,14 @@ def main(
         Draws(pictures, latents, tokenizer, length, dropout=1.0 if unconditional else DROPOUT),
         recipe,
         folder,
+        share=share,
         highest_rate=lambda name: learning_rate * (0.5 if name.startswith("text_encoder") else 1.0),
         validate=lambda: sample_sheet(loss, vae, tokenizer, prompts, latents.shape[-1]),
     )
 
     # The model.
+    if not is_main_process():
+        return
     with in_place_of(loss, trained.average.values) if trained.average else nullcontext():
         model = Components(loss.unet, vae, loss.text_encoder, tokenizer, scheduler_config(schedule))
         loading.save(model, work / "model", dtype=torch.float16)

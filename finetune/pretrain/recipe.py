@@ -1,15 +1,18 @@
-"""The training of every network of the shipped model: the loop on the CPU, with a learning rate that has a plateau."""
+"""The training of every network of the shipped model: the loop on the CPU, with a learning rate that has a plateau, on
+one process or several."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -17,6 +20,7 @@ from finetune.training.config import Scheduler, TrainConfig
 from finetune.training.loop import Trained, on_the_cpu, train
 from sdkit.checks import SHARE, Range
 from sdkit.devices import fast_layout
+from sdkit.errors import ConfigError
 
 SHEETS = "sheet-{step:06d}.png"
 
@@ -60,21 +64,51 @@ def autocast() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if compute_dtype() == torch.bfloat16 else nullcontext()
 
 
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def main_process_first() -> Generator[None]:
+    """The main process goes through the block while the others wait; they then find on the disk what it has written."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+    if several and not is_main_process():
+        dist.barrier()
+    yield
+    if several and is_main_process():
+        dist.barrier()
+
+
 def train_on_the_cpu(
     loss: nn.Module,
     batches: Callable[[int], Any],
     recipe: Recipe,
     output: Path,
+    share: Callable[[Any, int, int], Any] | None = None,
     highest_rate: Callable[[str], float] | None = None,
     validate: Callable[[], Image.Image] | None = None,
 ) -> Trained:
     """`finetune.training.loop.train` on the CPU; sheets lie in ``output`` as sheet-STEP.png.
 
-    Weights of convolutions are laid out in memory as they compute fastest.
+    Weights of convolutions are laid out in memory as they compute fastest. ``share(batch, process, processes)`` is the
+    part of a batch for one of several processes; raises ConfigError where there are several and a recipe has none.
     """
     network: Any = loss
     network.to(memory_format=fast_layout(torch.device("cpu"), compute_dtype()))
     with on_the_cpu(recipe) as accelerator:
+        process, processes = accelerator.process_index, accelerator.num_processes
+        if processes > 1 and share is None:
+            raise ConfigError(
+                f"accelerate: expected one process, found {processes}; this network is trained by one alone"
+            )
+
+        def own(step: int) -> Any:
+            return batches(step) if share is None else share(batches(step), process, processes)
+
         return train(
-            accelerator, loss, batches, recipe, output, highest_rate=highest_rate, validate=validate, sheets=SHEETS
+            accelerator, loss, own, recipe, output, highest_rate=highest_rate, validate=validate, sheets=SHEETS
         )

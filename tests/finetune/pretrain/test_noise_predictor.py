@@ -16,9 +16,11 @@ from finetune.pretrain.noise_predictor import (
     Batch,
     Draws,
     PredictorLoss,
+    by_count,
     draw_pictures,
     draw_timesteps,
     loss_weight,
+    share,
 )
 from finetune.pretrain.own_pictures import OwnPictures
 from finetune.seeds import step_generator
@@ -71,7 +73,9 @@ def test_epsilon_has_the_papers_weights_and_zero_snr_a_floor() -> None:
 
 def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() -> None:
     count = torch.tensor([1] * 700 + [2] * 200 + [3] * 100)
-    drawn = torch.cat([count[draw_pictures(count, step_generator(3, k))] for k in range(100)])
+    index = torch.cat([draw_pictures(by_count(count), step_generator(3, k)) for k in range(100)])
+    drawn = count[index]
+    assert len(index.unique()) > 900  # each in a group as likely as another
     shares = drawn.bincount(minlength=4)[1:] / len(drawn)
     assert torch.allclose(shares, torch.tensor(COUNTS), atol=0.03)  # 3 standard errors of 3200 draws
     t = torch.stack([draw_timesteps(1000, step_generator(4, k)) for k in range(300)])
@@ -86,6 +90,34 @@ def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() ->
             atol=12,
         )
     assert t[:, 0].float().mean().sub(575).abs() < 60  # in no order
+
+
+def test_pictures_that_all_show_one_are_drawn_alike() -> None:
+    groups = by_count(torch.ones(40, dtype=torch.int64))
+    drawn = torch.cat([draw_pictures(groups, step_generator(3, k)) for k in range(40)])
+    assert drawn.bincount(minlength=40).min() > 10
+
+
+def test_the_shares_of_processes_are_the_batch() -> None:
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.arange(BATCH)[:, None].repeat(1, 6)
+    sample = torch.tensor([0, 3, 3, 8, 13, BATCH - 1])
+    places = Places(sample, torch.arange(6), torch.rand(6, 4, 4, generator=rng))
+    x0, noise = torch.randn(2, BATCH, 4, 8, 8, generator=rng)
+    whole = Batch(x0, noise, torch.arange(BATCH), ids, torch.rand(BATCH, 6, generator=rng) > 0.5, places)
+    words: list[tuple[int, int]] = []
+    for process in range(2):
+        part = share(whole, process, 2)
+        assert part.t.tolist() == list(range(process, BATCH, 2))
+        for own, all_of_them in zip(part[:5], whole[:5], strict=True):
+            assert torch.equal(own, all_of_them[part.t])
+        assert part.places is not None
+        for k in range(len(part.places.sample)):
+            number = int(part.places.token[k])
+            words.append((int(part.ids[part.places.sample[k], 0]), number))
+            assert torch.equal(part.places.cover[k], places.cover[number])
+    assert sorted(words, key=lambda word: word[1]) == [(int(s), k) for k, s in enumerate(sample)]
+    assert share(whole._replace(places=None), 0, 2).places is None
 
 
 @pytest.fixture

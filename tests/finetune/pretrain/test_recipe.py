@@ -1,5 +1,7 @@
 """The training of the shipped model's networks: its rate, and the loop's promises for a run on the CPU."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from finetune.seeds import step_generator
 from finetune.training.loop import Trained
 from finetune.training.states import load_state, saved_states
 from sdkit.errors import CheckpointError, NumericalError
-from tests.finetune.toy import Killed, losses
+from tests.finetune.toy import Killed, environment, losses
+
+ROOT = Path(__file__).parents[3]
 
 RECIPE = Recipe(
     max_train_steps=12, learning_rate=0.05, lr_warmup_steps=3, decay_from=0.5, ema_decay=0.9, checkpointing_steps=1
@@ -31,16 +35,20 @@ class Regression(nn.Module):
         return (self.linear(x) - x[:, :3].sin()).square().mean()
 
 
+def batch(step: int) -> Tensor:
+    return torch.randn(8, 4, generator=step_generator(1, step))
+
+
 def run(folder: Path, recipe: Recipe = RECIPE, deadly: int | None = None) -> tuple[Regression, Trained]:
     """A run that is killed at step ``deadly``."""
 
-    def batch(step: int) -> Tensor:
+    def deadly_batch(step: int) -> Tensor:
         if step == deadly:
             raise Killed
-        return torch.randn(8, 4, generator=step_generator(1, step))
+        return batch(step)
 
     loss = Regression()
-    return loss, train_on_the_cpu(loss, batch, recipe, folder)
+    return loss, train_on_the_cpu(loss, deadly_batch, recipe, folder)
 
 
 def values(loss: nn.Module, trained: Trained) -> list[Tensor]:
@@ -103,3 +111,47 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == pytest.approx(1.0)
     assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     assert replace(recipe, learning_rate=0.5).rate(75) == pytest.approx(0.275)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+from finetune.pretrain.recipe import is_main_process, main_process_first, train_on_the_cpu
+from tests.finetune.pretrain.test_recipe import RECIPE, Regression, batch
+
+folder, log = Path(sys.argv[1]), Path(sys.argv[1]) / "order"
+with main_process_first():
+    log.write_text((log.read_text() if log.exists() else "") + ("main " if is_main_process() else "other "))
+loss = Regression()
+share = (lambda x, process, processes: x[process::processes]) if sys.argv[2] == "shared" else None
+train_on_the_cpu(loss, batch, RECIPE, folder, share=share)
+if is_main_process():
+    torch.save(loss.state_dict(), folder / "end.pt")
+"""
+
+
+def together(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "program.py").write_text(TOGETHER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*launch, "--rdzv-endpoint", "localhost:0", str(tmp_path / "program.py"), str(tmp_path), how]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    done = together(tmp_path, "shared")
+    assert done.returncode == 0, done.stderr
+    alone, _ = run(tmp_path / "alone")
+    two = torch.load(tmp_path / "end.pt", weights_only=True)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "order").read_text() == "main other "
+
+
+@pytest.mark.slow
+def test_a_network_that_is_trained_by_one_process_refuses_two(tmp_path: Path) -> None:
+    done = together(tmp_path, "alone")
+    assert done.returncode != 0 and "expected one process, found 2" in done.stderr

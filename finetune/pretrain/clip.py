@@ -22,8 +22,9 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from finetune.pretrain.gathering import gathered, rows_of
 from finetune.pretrain.own_pictures import OwnPictures, TrainingPictures, image_folder
-from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.recipe import Recipe, autocast, is_main_process, main_process_first, train_on_the_cpu
 from finetune.pretrain.world.captions import WRONG, captions, single_prompt, wrong_captions
 from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
 from finetune.pretrain.world.raycast import render
@@ -165,22 +166,36 @@ def contrast(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(image)].T, target))
 
 
+class Batch(NamedTuple):
+    """Pictures [B, 3, H, W] and token ids [B + W, N]: row i belongs to row i, the last W rows to none. ``sizes`` are B
+    and B + W, also where this is one process's part of them."""
+
+    pixels: Tensor
+    ids: Tensor
+    sizes: tuple[int, int]
+
+
+def share(batch: Batch, process: int, processes: int) -> Batch:
+    """The rows that one of several processes embeds."""
+    pixels, ids = (rows_of(rows, process, processes) for rows in batch[:2])
+    return Batch(pixels, ids, batch.sizes)
+
+
 class ContrastiveLoss(nn.Module):
-    """forward((pictures [B, 3, H, W], token ids [B + W, N])) -> the loss of both towers; row i belongs to row i, the
-    last W rows to none."""
+    """forward(batch) -> the loss of both towers, over the rows of all processes."""
 
     def __init__(self, model: CLIPModel) -> None:
         super().__init__()
         self.model: Any = model
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        pixels, ids = batch
+    def forward(self, batch: Batch) -> Tensor:
         with autocast():
-            image, text = embed_images(self.model, pixels), embed_text(self.model.text_model, ids)
-        return contrast(image, text, self.model.logit_scale)
+            image, text = embed_images(self.model, batch.pixels), embed_text(self.model.text_model, batch.ids)
+        pictures, texts = batch.sizes
+        return contrast(gathered(image, pictures), gathered(text, texts), self.model.logit_scale)
 
 
-def draw_batch(pictures: TrainingPictures, tokenizer: CLIPTokenizer, pairs: bool, step: int) -> tuple[Tensor, Tensor]:
+def draw_batch(pictures: TrainingPictures, tokenizer: CLIPTokenizer, pairs: bool, step: int) -> Batch:
     """Pictures and the token ids of their captions; under ``pairs``, where there are such, half of the pictures differ
     in one thing from another, and wrong captions follow the right ones."""
     rng, singles = step_generator(RUN, step), len(pictures) - pictures.pairs
@@ -196,7 +211,7 @@ def draw_batch(pictures: TrainingPictures, tokenizer: CLIPTokenizer, pairs: bool
     texts = pictures.captions(index, seed)
     if pairs and isinstance(pictures, Pictures):
         texts += [text for text in wrong_captions(pictures.scenes[index], seed) if text]
-    return pictures.pixels(index), tokenize(tokenizer, texts)
+    return Batch(pictures.pixels(index), tokenize(tokenizer, texts), (len(index), len(texts)))
 
 
 # How well the towers fit
@@ -302,15 +317,15 @@ def main(
         raise typer.BadParameter("--scenes: does nothing with --data")
     torch.manual_seed(0)
     unseen: OwnPictures | None = None
-    if data is None:
-        pictures = training_pictures(work, scenes, scenes // 2, size)
-    else:
-        pictures, unseen = image_folder(data, size)
-
     folder = work / "clip"
-    if not (folder / "tokenizer" / "special_tokens_map.json").exists():
-        first = torch.arange(min(20_000, len(pictures) - pictures.pairs))
-        train_tokenizer(pictures.captions(first, seed=4), folder / "tokenizer")
+    with main_process_first():
+        if data is None:
+            pictures = training_pictures(work, scenes, scenes // 2, size)
+        else:
+            pictures, unseen = image_folder(data, size)
+        if not (folder / "tokenizer" / "special_tokens_map.json").exists():
+            first = torch.arange(min(20_000, len(pictures) - pictures.pairs))
+            train_tokenizer(pictures.captions(first, seed=4), folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     model = build(tokenizer, size, text)
     if isinstance(pictures, OwnPictures):
@@ -322,17 +337,19 @@ def main(
         max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=20, adam_beta2=0.98, decay_from=0.5
     )
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
+    def batches(step: int) -> Batch:
         return draw_batch(pictures, tokenizer, step >= EASY * steps, step)
 
-    train_on_the_cpu(ContrastiveLoss(model), batches, recipe, folder)
+    train_on_the_cpu(ContrastiveLoss(model), batches, recipe, folder, share)
+    if not is_main_process():
+        return
     model.eval()
     write_towers(model, folder, text)
     if unseen is None:
         found = retrieval(model, tokenizer, size=size)
         print(f"named right among {len(COLORS) * len(SHAPES)}: {100 * zero_shot(model, tokenizer, size=size):.1f} %")
-        for kind, share in binding(model, tokenizer, size=size).items():
-            print(f"told from its caption with wrong {kind}: {100 * share:.1f} %")
+        for kind, right in binding(model, tokenizer, size=size).items():
+            print(f"told from its caption with wrong {kind}: {100 * right:.1f} %")
     else:
         found = retrieval_among(model, tokenizer, unseen.pixels(torch.arange(len(unseen))), unseen.texts)
     print(f"nearest among {64 if unseen is None else len(unseen)} unseen ones: the right picture to a caption ", end="")

@@ -1,5 +1,7 @@
 """The contrastive loss, and the scenes and batches that it is taken on."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from finetune.pretrain.clip import (
     PAIRS,
     SIZES,
     TEST_SEED,
+    Batch,
     ContrastiveLoss,
     Retrieval,
     Text,
@@ -25,6 +28,7 @@ from finetune.pretrain.clip import (
     load_text_encoder,
     retrieval,
     retrieval_among,
+    share,
     tokenize,
     write_towers,
     zero_shot,
@@ -36,6 +40,9 @@ from finetune.pretrain.world.pictures import SIZE, Pictures
 from finetune.pretrain.world.scenes import Scenes, equivalent_key, sample_scenes, siblings
 from sdkit.checkpoints.loading import MODELS
 from sdkit.prompts.tokenizer import load_tokenizer
+from tests.finetune.toy import environment
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_contrast_is_smallest_where_pairs_match() -> None:
@@ -76,7 +83,8 @@ def test_pairs_stand_beside_each_other_in_the_later_part(pictures: Pictures) -> 
     tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
 
     def drawn(pairs: bool) -> torch.Tensor:
-        pixels, ids = draw_batch(pictures, tokenizer, pairs, 3)
+        pixels, ids, sizes = draw_batch(pictures, tokenizer, pairs, 3)
+        assert sizes == (len(pixels), len(ids))
         assert len(pixels) == BATCH and len(ids) == (2 * BATCH if pairs else BATCH)  # each has a wrong one too
         return ((pixels[:, 0, 0, 0] + 1) * 127.5).round().long()
 
@@ -89,8 +97,8 @@ def test_the_loss_reaches_both_towers(pictures: Pictures) -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
     loss = ContrastiveLoss(build(tokenizer))
-    pixels, ids = draw_batch(pictures, tokenizer, True, 0)
-    loss((pixels[:8], ids)).backward()
+    pixels, ids, (_, texts) = draw_batch(pictures, tokenizer, True, 0)
+    loss(Batch(pixels[:8], ids, (8, texts))).backward()
     for name, p in loss.named_parameters():
         moved = p.grad is not None and bool(p.grad.abs().sum() > 0)
         assert moved == (name != "model.text_projection.weight") or "k_proj.bias" in name, name
@@ -100,8 +108,61 @@ def test_of_few_own_pictures_none_is_drawn_twice() -> None:
     tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
     numbers = torch.arange(90, dtype=torch.uint8)[:, None, None, None]
     own = OwnPictures(numbers.expand(-1, 3, 8, 8).contiguous(), ["a red cube"] * 90)
-    pixels, ids = draw_batch(own, tokenizer, True, 3)
+    pixels, ids, _ = draw_batch(own, tokenizer, True, 3)
     assert len(pixels) == len(ids) == 90 == pixels[:, 0, 0, 0].unique().numel()
+
+
+def test_two_processes_share_the_rows_and_the_last_fills_up() -> None:
+    batch = Batch(torch.arange(5.0)[:, None], torch.arange(7)[:, None], (5, 7))
+    parts = [share(batch, process, 2) for process in range(2)]
+    assert [part.pixels.flatten().tolist() for part in parts] == [[0, 2, 4], [1, 3, 4]]
+    assert [part.ids.flatten().tolist() for part in parts] == [[0, 2, 4, 6], [1, 3, 5, 6]]
+    assert all(part.sizes == (5, 7) for part in parts)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+from finetune.pretrain.clip import Batch, ContrastiveLoss, build, share
+from finetune.pretrain.recipe import Recipe, is_main_process, train_on_the_cpu
+from sdkit.checkpoints.loading import MODELS
+from sdkit.prompts.tokenizer import load_tokenizer
+
+def batch(step):
+    g = torch.Generator().manual_seed(step)
+    ids = torch.cat([torch.randint(1, 300, (9, 5), generator=g), torch.full((9, 1), end)], 1)
+    return Batch(torch.randn(7, 3, 16, 16, generator=g), ids, (7, 9))
+
+tokenizer = load_tokenizer(MODELS / "tabletop" / "tokenizer")
+end = tokenizer.eos_token_id
+torch.manual_seed(0)
+model = build(tokenizer, 16)
+recipe = Recipe(max_train_steps=5, learning_rate=1e-3, lr_warmup_steps=0)
+trained = train_on_the_cpu(ContrastiveLoss(model), batch, recipe, Path(sys.argv[1]), share)
+if is_main_process():
+    losses = [row.loss for row in trained.history.rows]
+    torch.save({"weights": model.state_dict(), "losses": losses}, Path(sys.argv[1]) / "end.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_contrast_all_rows_as_one_does(tmp_path: Path) -> None:
+    """7 pictures and 9 texts, which two processes cannot share evenly: losses and weights of five steps."""
+    (tmp_path / "program.py").write_text(TOGETHER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    ways = {"one": [sys.executable], "two": [*launch, "--rdzv-endpoint", "localhost:0"]}
+    in_float32 = environment(ACCELERATE_USE_CPU="true", ONEDNN_MAX_CPU_ISA="AVX2")
+    ends = {}
+    for name, way in ways.items():
+        (tmp_path / name).mkdir()
+        command = [*way, str(tmp_path / "program.py"), str(tmp_path / name)]
+        subprocess.run(command, cwd=ROOT, env=in_float32, check=True, timeout=300)
+        ends[name] = torch.load(tmp_path / name / "end.pt", weights_only=True)
+    assert ends["two"]["losses"] == pytest.approx(ends["one"]["losses"], rel=1e-4)
+    for name, value in ends["one"]["weights"].items():
+        if "k_proj.bias" not in name:  # its gradient is rounding alone
+            assert (ends["two"]["weights"][name] - value).abs().max() < 3e-4, name
 
 
 def test_retrieval_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:

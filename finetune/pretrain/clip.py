@@ -46,6 +46,7 @@ BATCH, PAIRS = 128, 32
 RUN = 5  # number of the run, for `step_generator`
 EASY = 0.2  # share of the steps without pairs: from the start they make both towers collapse
 TEST_SEED = 1_000_001
+RESULTS = "results.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -285,6 +286,30 @@ def binding(model: CLIPModel, tokenizer: CLIPTokenizer, count: int = 512, size: 
     return shares
 
 
+def of_towers(model: CLIPModel, tokenizer: CLIPTokenizer, size: int = SIZE) -> dict[str, float]:
+    """How well tabletop pictures and captions find each other, in per cent."""
+    found = retrieval(model, tokenizer, size=size)
+    figures = {
+        "picture nearest to its caption among 64": found.picture,
+        "caption nearest to its picture among 64": found.caption,
+        f"one object named among {len(COLORS) * len(SHAPES)}": zero_shot(model, tokenizer, size=size),
+    }
+    figures |= {
+        f"told from the caption with wrong {kind}": share
+        for kind, share in binding(model, tokenizer, size=size).items()
+    }
+    return {name: 100 * value for name, value in figures.items()}
+
+
+def of_own(model: CLIPModel, tokenizer: CLIPTokenizer, unseen: OwnPictures) -> dict[str, float]:
+    """The same of the pictures of a folder that were held back."""
+    found = retrieval_among(model, tokenizer, unseen.pixels(torch.arange(len(unseen))), unseen.texts)
+    return {
+        f"picture nearest to its caption among {len(unseen)}": 100 * found.picture,
+        f"caption nearest to its picture among {len(unseen)}": 100 * found.caption,
+    }
+
+
 def write_towers(model: CLIPModel, folder: Path, text: Text = Text.v1) -> None:
     """Write the text encoder for `load_text_encoder`, without the layers that no picture sees, and ``image_encoder/``
     as transformers reads it."""
@@ -345,15 +370,10 @@ def main(
         return
     model.eval()
     write_towers(model, folder, text)
-    if unseen is None:
-        found = retrieval(model, tokenizer, size=size)
-        print(f"named right among {len(COLORS) * len(SHAPES)}: {100 * zero_shot(model, tokenizer, size=size):.1f} %")
-        for kind, right in binding(model, tokenizer, size=size).items():
-            print(f"told from its caption with wrong {kind}: {100 * right:.1f} %")
-    else:
-        found = retrieval_among(model, tokenizer, unseen.pixels(torch.arange(len(unseen))), unseen.texts)
-    print(f"nearest among {64 if unseen is None else len(unseen)} unseen ones: the right picture to a caption ", end="")
-    print(f"{100 * found.picture:.1f} %, the right caption to a picture {100 * found.caption:.1f} %")
+    results = of_towers(model, tokenizer, size) if unseen is None else of_own(model, tokenizer, unseen)
+    write_json(folder / RESULTS, results)
+    for name, value in results.items():
+        print(f"{name}: {value:.1f} %")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from finetune.pretrain import word_attention
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
-from finetune.pretrain.clip import binding, build, retrieval, zero_shot
+from finetune.pretrain.clip import build, of_towers
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
 from finetune.pretrain.world.captions import NUMBERS, WORDS, captions, group_prompt, pair_prompt
 from finetune.pretrain.world.pictures import SIZE
@@ -105,7 +105,8 @@ def single(prompts: Sequence[str], scenes: Scenes, verdicts: Sequence[Verdict]) 
             tally["table right, where named"].append(verdict.table == TABLES[scenes.table[i]])
 
     figures = {name: _share(values) for name, values in tally.items()}
-    return figures | {"worst shape": min(figures[f"{shape}: colour and shape right"] for shape in SHAPES)}
+    of_shapes = [figures[name] for shape in SHAPES if (name := f"{shape}: colour and shape right") in figures]
+    return figures | {"worst shape": min(of_shapes)}
 
 
 def both_right(scenes: Scenes, verdicts: Sequence[Verdict]) -> float:
@@ -207,18 +208,6 @@ def reconstruct_clip(model: Path) -> tuple[Any, Any]:
     image = load_file(model / "image_encoder" / "model.safetensors")
     clip.load_state_dict(clip.state_dict() | image)
     return clip.float().eval(), tokenizer
-
-
-def of_towers(clip: Any, tokenizer: Any) -> dict[str, float]:
-    """How well pictures and captions find each other, in per cent."""
-    found = retrieval(clip, tokenizer)
-    figures = {
-        "caption retrieval among 64 distinct scenes": found.picture,
-        "picture retrieval among them": found.caption,
-        f"one object named among {len(COLORS) * len(SHAPES)}": zero_shot(clip, tokenizer),
-    }
-    figures |= {f"told from the caption with wrong {kind}": share for kind, share in binding(clip, tokenizer).items()}
-    return {name: 100 * value for name, value in figures.items()}
 
 
 def table(runs: Sequence[dict[str, float]], seeds: Sequence[int]) -> str:

@@ -68,7 +68,7 @@ def test_a_folder_becomes_a_model_that_draws(tmp_path: Path, capsys: pytest.Capt
     kind: dict[str, Any] = {"prediction": "sample", "zero_terminal_snr": True, "unconditional": True}
     noise_predictor.main(work=work, data=folder, size=32, steps=2, **kind)
     printed = capsys.readouterr().out
-    assert "PSNR of 3 unseen pictures" in printed and "nearest among 3 unseen ones" in printed
+    assert "PSNR of 3 unseen pictures" in printed and "caption nearest to its picture among 3: " in printed
 
     sd = StableDiffusion.from_pretrained(work / "model", device="cpu")
     assert (sd.schedule.prediction_type, sd.schedule.rescale_betas_zero_snr) == ("sample", True)

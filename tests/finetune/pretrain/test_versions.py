@@ -29,5 +29,6 @@ def test_both_versions_are_measured_alike_and_written_down(tmp_path: Path, monke
     assert all(first[key] == second[key] for key in rest)  # they are one model here
     table = section(tmp_path / "latent-diffusion.md", "versions")
     assert "| CLIP: named, % | 90.0 | 95.5 |" in table
-    width, height = Image.open(tmp_path / "versions.png").size
+    with Image.open(tmp_path / "versions.png") as sheet:
+        width, height = sheet.size
     assert width > 6 * 64 and height > 2 * 64

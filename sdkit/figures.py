@@ -4,17 +4,21 @@ what latents keep, and what each way of steering does."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdkit.errors import ConfigError
+from sdkit.checkpoints.loading import MODELS
+from sdkit.errors import CheckpointError, ConfigError
 from sdkit.images.depth import DepthSource, read_depth
 from sdkit.images.inputs import Pictures, picture_tensors
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import contact_sheet, stacked
+from sdkit.networks.text_encoder import pooled
 from sdkit.networks.vae import AutoencoderKL
 from sdkit.prompts.encoding import encode_prompts
 from sdkit.sampling.plot import INK_CODE, LINE, PALE, empty_figure, rendered
@@ -28,6 +32,7 @@ SIDE = 160  # pixels that a picture has on a sheet, at least
 TIMESTEPS = (0, 100, 250, 500, 750, 999)
 COLOURS = (LINE, "#c1666b", "#6a994e", "#8d6cab")
 ENLARGED_DIFFERENCE = 4
+IMAGE_ENCODER = "image_encoder"  # in a model's folder: with its text encoder a CLIP
 
 
 # Noise added
@@ -197,6 +202,35 @@ def similarity_figure(likeness: Tensor, captions: Sequence[str], title: str = ""
     axes.set_xticks([])
     axes.set_title(title or "cosine of caption and picture", loc="left", fontsize="medium", color=INK_CODE)
     return rendered(figure)
+
+
+@torch.no_grad()
+def clip_likeness(sd: StableDiffusion, model: str | Path, images: Pictures, texts: Sequence[str]) -> Tensor:
+    """The cosine of every text (rows) and every picture (columns), float32 [T, N], by a model's own two encoders.
+
+    model: the name or folder that ``sd`` was loaded from; its folder has `image_encoder`, whose embeddings are as wide
+    as the text encoder's hidden states. Raises CheckpointError where there is none, ConfigError where it does not fit.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    folder = MODELS / str(model) if (MODELS / str(model) / IMAGE_ENCODER).is_dir() else Path(model)
+    if not (folder / IMAGE_ENCODER).is_dir():
+        raise CheckpointError(f"{model}: expected a model with an {IMAGE_ENCODER}, found none in its folder")
+    load: Any = CLIPVisionModelWithProjection.from_pretrained
+    vision = load(folder / IMAGE_ENCODER, local_files_only=True).float().eval()
+    width, side = sd.text_encoder.config.hidden_size, vision.config.image_size
+    if vision.config.projection_dim != width:
+        found = vision.config.projection_dim
+        raise ConfigError(
+            f"{folder / IMAGE_ENCODER}: expected embeddings as wide as the text's, {width}, found {found}"
+        )
+
+    ids = sd.tokenizer(list(texts), padding="longest", truncation=True, return_tensors="pt").input_ids
+    text_encoder: Any = sd.text_encoder
+    hidden = text_encoder(input_ids=ids.to(sd.device)).last_hidden_state
+    text = F.normalize(pooled(hidden, ids.to(sd.device), sd.tokenizer.eos_token_id).float().cpu(), dim=-1)
+    picture = F.normalize(vision(pixel_values=picture_tensors(images, side, side, 1)).image_embeds, dim=-1)
+    return text @ picture.T
 
 
 # Steering

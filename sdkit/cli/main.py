@@ -1,4 +1,4 @@
-"""The ``sdkit`` command: make pictures, look into files, convert checkpoints.
+"""The ``sdkit`` command: make pictures, show ideas, look into files, convert checkpoints.
 
 Everything that needs torch is imported inside the commands, so that ``sdkit --help`` answers at once. A mistake
 of the user's ends in one line on stderr: exit status 2 for a wrong command line, 1 for everything else.
@@ -17,6 +17,7 @@ import typer
 from sdkit.cli.files import convert, inspect
 from sdkit.cli.options import picture_command, with_adapters
 from sdkit.cli.pictures import make_pictures, reproduce
+from sdkit.cli.show import show
 from sdkit.errors import SDKitError, file_problem
 from sdkit.generation.options import TASKS
 from sdkit.version import __version__
@@ -50,7 +51,7 @@ def make_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for task in TASKS.values():
         app.command()(picture_command(task, make_pictures))
-    for command in (with_adapters(reproduce), convert, inspect):
+    for command in (with_adapters(reproduce), show, convert, inspect):
         app.command()(command)
     return app
 

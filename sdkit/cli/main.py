@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sdkit.cli.files import convert, inspect
+from sdkit.cli.grid import grid_command
 from sdkit.cli.options import picture_command, with_adapters
 from sdkit.cli.pictures import make_pictures, reproduce
 from sdkit.cli.show import show
@@ -51,7 +52,7 @@ def make_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for task in TASKS.values():
         app.command()(picture_command(task, make_pictures))
-    for command in (with_adapters(reproduce), show, convert, inspect):
+    for command in (grid_command(), with_adapters(reproduce), show, convert, inspect):
         app.command()(command)
     return app
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkit.adapter_kinds import adapter_kinds
-from sdkit.cli.options import Precision, file_and_weight, find_dtype
+from sdkit.cli.options import ModelOptions, Precision, file_and_weight, find_dtype
 from sdkit.errors import ConfigError
 from sdkit.files import file_hash
 from sdkit.prompts.emphasis import escaped
@@ -31,6 +31,13 @@ class ModelParts:
     embedding: list[str] = field(default_factory=list[str])
     zero_snr: bool | None = None
     text_encoder: str | None = None
+
+    @classmethod
+    def of(cls, given: ModelOptions, adapters: Mapping[str, list[str]]) -> ModelParts:
+        """The parts that a command's options name."""
+        vae, text_encoder = (None if file is None else str(file) for file in (given.vae, given.text_encoder))
+        embedding = [str(file) for file in given.embedding]
+        return cls(given.model, given.prediction, vae, adapters, embedding, given.zero_snr, text_encoder)
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> ModelParts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -107,16 +107,28 @@ class Given:
     output: OutputOptions
 
 
-def picture_command(task: TaskKind, run: Callable[[Given], None]) -> Callable[..., None]:
-    """The command of a task, as typer takes it: a function whose signature has an option for each declaration."""
+def argument_names(task: TaskKind) -> dict[str, str]:
+    """Of the options of a task's command, as Python has them, the arguments of the task's method that they are."""
+    names = {"prompt": "prompt", "negative": "negative_prompt"}
+    names |= {_python_name(argument.option): argument.name for argument in task.arguments}
+    flagged = {name: declared for name, declared in declarations(Settings).items() if declared.flag is not None}
+    return names | {_python_name(declared): name for name, declared in flagged.items()}
+
+
+def picture_command(
+    task: TaskKind, run: Callable[..., None], more: Mapping[str, inspect.Parameter] = {}
+) -> Callable[..., None]:
+    """The command of a task, as typer takes it: a function whose signature has an option for each declaration.
+
+    run: gets what was given, sorted, and the values of the options ``more`` by their names.
+    """
+    names = argument_names(task)
     parameters: dict[str, inspect.Parameter] = {"prompt": _parameter("prompt", PromptArgument, inspect.Parameter.empty)}
-    names = {"prompt": "prompt", "negative": "negative_prompt"}  # of the option -> of the method's argument
 
     for argument in task.arguments:
         flag = _python_name(argument.option)
         kind = _file_type(argument.type) if argument.is_file else argument.type
         default = inspect.Parameter.empty if argument.is_required else argument.default
-        names[flag] = argument.name
         parameters[flag] = _parameter(flag, Annotated[kind, _declared(argument.option, kind)], default)
 
     parameters["negative"] = _parameter("negative", NegativeOption, None)
@@ -124,7 +136,6 @@ def picture_command(task: TaskKind, run: Callable[[Given], None]) -> Callable[..
     for name, declared in declarations(Settings).items():
         if declared.flag is not None:
             flag = _python_name(declared)
-            names[flag] = name
             annotation = Annotated[_command_line_type(types[name]), _declared(declared, types[name])]
             parameters[flag] = _parameter(flag, annotation, defaults[name])
 
@@ -133,13 +144,16 @@ def picture_command(task: TaskKind, run: Callable[[Given], None]) -> Callable[..
         hints, values = get_type_hints(group, include_extras=True), vars(group())
         parameters |= {n: _parameter(n, hints[n], list(v) if v == () else v) for n, v in values.items()}
 
+    parameters |= more
+
     def command(**values: Any) -> None:
+        others = {name: values.pop(name) for name in more}
         model = ModelOptions(**{f.name: values.pop(f.name) for f in fields(ModelOptions)})
         output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions)})
         adapters = {kind.name: list(values.pop(kind.name)) for kind in adapter_kinds()}
         arguments = {names[flag]: _plain(value) for flag, value in values.items()}
         arguments["guidance_interval"] = _interval(arguments["guidance_interval"])
-        run(Given(task, _without_defaults(task, arguments), model, adapters, output))
+        run(Given(task, _without_defaults(task, arguments), model, adapters, output), **others)
 
     command.__name__, command.__doc__ = task.command, task.help
     command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]  # typer reads it

@@ -38,15 +38,7 @@ def make_pictures(given: Given) -> None:
     """Load the model, make the pictures, write them."""
     arguments, output = dict(given.arguments), given.output
     paths = destinations(output.out, arguments.pop("num_images_per_prompt"))
-    parts = ModelParts(
-        given.model.model,
-        given.model.prediction,
-        None if given.model.vae is None else str(given.model.vae),
-        given.adapters,
-        [str(file) for file in given.model.embedding],
-        given.model.zero_snr,
-        None if given.model.text_encoder is None else str(given.model.text_encoder),
-    )
+    parts = ModelParts.of(given.model, given.adapters)
 
     asked, steps = arguments.pop("preview_every"), arguments["num_inference_steps"]
     watch = Watch(

@@ -1,8 +1,8 @@
-"""A sheet of pictures: rows and columns, with captions; and sheets one above the other."""
+"""Sheets of pictures: with a caption each, with labels of rows and columns, and sheets one above the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -47,6 +47,44 @@ def contact_sheet(
         for n, part in enumerate(text.split("\n")):
             draw.text((x + width / 2, y + height + gap // 2 + n * line), part, INK, font, anchor="ma")
     return sheet
+
+
+def labelled_grid(
+    images: Mapping[tuple[int, int], Image.Image],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    gap: int = 8,
+    font_size: int = 13,
+) -> Image.Image:
+    """Pictures by (row, column), under the columns' labels and beside the rows'; a place without a picture stays empty.
+
+    Raises ConfigError for no picture.
+    """
+    if not images:
+        raise ConfigError("labelled grid: expected pictures, found none")
+    width, height = max(i.width for i in images.values()), max(i.height for i in images.values())
+    font, line = ImageFont.load_default(font_size), round(font_size * 1.35)
+    heads, sides = ([_wrap(text, font, width) for text in labels] for labels in (columns, rows))
+    top = gap + line * max((text.count("\n") + 1 if text else 0 for text in heads), default=0)
+    longest = max((font.getlength(part) for text in sides for part in text.split("\n")), default=0.0)
+    left = gap + round(longest) + (gap if longest else 0)
+
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for k, text in enumerate(heads):
+        draw.text((left + k * (width + gap) + width / 2, top - gap / 2), text, INK, font, anchor="md", align="center")
+    for k, text in enumerate(sides):
+        middle = top + k * (height + gap) + height / 2
+        draw.text((left - gap, middle), text, INK, font, anchor="rm", align="right")
+    for (row, column), image in images.items():
+        sheet.paste(image.convert("RGB"), (left + column * (width + gap), top + row * (height + gap)))
+    return sheet
+
+
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """A picture whose pixels are repeated so often that each side has at least ``side`` of them."""
+    factor = max(1, -(-side // min(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def stacked(images: Sequence[Image.Image]) -> Image.Image:

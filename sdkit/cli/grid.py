@@ -1,0 +1,209 @@
+"""The command that draws one prompt over the values of up to three options, as a labelled sheet: ``sdkit grid``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdkit.adapter_kinds import adapter_kinds
+from sdkit.cli.models import ModelParts, load_model
+from sdkit.cli.options import Given, ModelOptions, argument_names, picture_command
+from sdkit.cli.output import destinations
+from sdkit.errors import ConfigError
+from sdkit.generation.options import TASKS, TaskKind
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdkit.stable_diffusion import StableDiffusion
+
+MOST_AXES = 3
+SIDE = 128  # pixels that a picture has on the sheet, at least
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+PROMPT = "prompt"
+Vary = Annotated[
+    list[str],
+    typer.Option(
+        help="OPTION=VALUE,VALUE,… (or ; between them), or OPTION=FIRST..LAST; once for columns, rows and sheets. "
+        "prompt=WORD,OTHER,… puts others in the word's place.",
+        rich_help_panel="Output",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An option, as the command line has it, and the values that it takes, as they were written."""
+
+    option: str
+    values: tuple[str, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        return [value if self.option == PROMPT else f"{self.option} {value}" for value in self.values]
+
+
+def grid_command() -> Callable[..., None]:
+    """The command, as typer takes it: all options of txt2img, and --vary."""
+    default: list[str] = []
+    vary = inspect.Parameter("vary", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Vary)
+    command = picture_command(TASKS["text_to_image"], draw_grid, {"vary": vary})
+    command.__name__ = "grid"
+    command.__doc__ = "Draw a prompt over the values of options, as a labelled sheet; or --num pictures as one."
+    return command
+
+
+def draw_grid(given: Given, vary: Sequence[str]) -> None:
+    """Draw all cells; the sheet is written anew after every picture."""
+    from tqdm import tqdm
+
+    axes, given = _axes(given, vary)
+    (path,) = destinations("grid.png" if given.output.out == "out.png" else given.output.out, 1)
+    cells = {place: _cell(given, axes, place) for place in product(*(range(len(axis.values)) for axis in axes))}
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images: dict[tuple[int, ...], Image.Image] = {}
+    bar = tqdm(total=len(cells), unit="picture", disable=not sys.stderr.isatty())
+    for sd, place, cell in _by_model(cells):
+        arguments = cell.arguments | {"num_images_per_prompt": 1, "preview_every": 0, "progress": False}
+        images[place] = getattr(sd, cell.task.method)(**arguments).images[0]
+        _write(images, axes, path, given, vary)
+        bar.update()
+    bar.close()
+    print(path)
+
+
+# What is drawn
+
+
+def _axes(given: Given, vary: Sequence[str]) -> tuple[list[Axis], Given]:
+    """The axes, columns first, and what is given beside them. Raises ConfigError for what has no place in a grid."""
+    num = given.arguments.pop("num_images_per_prompt")
+    if not vary and num == 1:
+        raise ConfigError("--vary: expected OPTION=VALUE,… or --num above 1, found neither")
+    if vary and num != 1:
+        raise ConfigError(f"--num: not beside --vary; --vary seed=1..{num} draws as many")
+    if len(vary) > MOST_AXES:
+        raise ConfigError(f"--vary: expected at most {MOST_AXES} of them, found {len(vary)}")
+    for option in ("strip", "attention_map"):
+        if getattr(given.output, option):
+            raise ConfigError(f"--{option.replace('_', '-')}: sdkit grid has no use for it")
+    if given.arguments.pop("preview_every"):
+        raise ConfigError("--preview-every: sdkit grid has no use for it")
+
+    if given.arguments.get("seed") is None:  # one for all cells
+        given = replace(given, arguments=given.arguments | {"seed": secrets.randbelow(2**31)})
+    first = given.arguments["seed"]
+    axes = [_axis(text) for text in vary] or [Axis("seed", tuple(str(first + k) for k in range(num)))]
+    options = [axis.option for axis in axes]
+    if len(set(options)) < len(options):
+        raise ConfigError(f"--vary: expected each option once, found {', '.join(options)}")
+    return axes, given
+
+
+def _axis(text: str) -> Axis:
+    option, equals, values = text.partition("=")
+    option = option.strip().removeprefix("--")
+    if not equals or not values:
+        raise ConfigError(f"--vary: expected OPTION=VALUE,VALUE,…, found {text!r}")
+    if (found := RANGE.fullmatch(values)) is not None:
+        first, last = map(int, found.groups())
+        step = 1 if last >= first else -1
+        return Axis(option, tuple(map(str, range(first, last + step, step))))
+    return Axis(option, tuple(value.strip() for value in values.split(";" if ";" in values else ",")))
+
+
+def _cell(given: Given, axes: Sequence[Axis], place: Sequence[int]) -> Given:
+    """What is given, with each axis' value in it."""
+    for axis, k in zip(axes, place, strict=True):
+        given = _with(given, axis, axis.values[k])
+    return given
+
+
+def _with(given: Given, axis: Axis, value: str) -> Given:
+    """What is given, with another value of one option, read as the command line reads it."""
+    if axis.option == PROMPT:
+        word, prompt = axis.values[0], given.arguments[PROMPT]
+        if word not in prompt and all(other not in prompt for other in axis.values):
+            raise ConfigError(f"--vary prompt: expected its first value in the prompt, found {word!r} in {prompt!r}")
+        return replace(given, arguments=given.arguments | {PROMPT: prompt.replace(word, value)})
+
+    name = axis.option.replace("-", "_")
+    names, kinds = argument_names(given.task), [kind.name for kind in adapter_kinds()]
+    on_model = [field.name for field in fields(ModelOptions)]
+    if name not in (*names, *kinds, *on_model) or name in ("num", "progress", "preview_every"):
+        raise ConfigError(f"--vary: expected an option of sdkit txt2img, or prompt, found {axis.option!r}")
+
+    read = _read(given.task, axis.option, value)
+    if name in kinds:
+        return replace(given, adapters=given.adapters | {name: read.adapters[name]})
+    if name in on_model:
+        return replace(given, model=replace(given.model, **{name: getattr(read.model, name)}))
+    return replace(given, arguments=given.arguments | {names[name]: read.arguments.get(names[name])})
+
+
+def _read(task: TaskKind, option: str, value: str) -> Given:
+    """What the task's own command makes of one option."""
+    caught: list[Given] = []
+    app = typer.Typer(add_completion=False)
+    app.command()(picture_command(task, caught.append))
+    switch = {"true": f"--{option}", "false": f"--no-{option}"}.get(value.lower())
+    arguments = ["", switch] if switch else ["", f"--{option}", value]
+    typer.main.get_command(app).main(args=arguments, standalone_mode=False)
+    return caught[0]
+
+
+# How it is drawn
+
+
+def _by_model(
+    cells: dict[tuple[int, ...], Given],
+) -> Iterator[tuple[StableDiffusion, tuple[int, ...], Given]]:
+    """The cells with their models, which are loaded one after the other, each once."""
+
+    def key(cell: Given) -> str:
+        return repr((cell.model, sorted(cell.adapters.items())))
+
+    for own in dict.fromkeys(map(key, cells.values())):
+        those = {place: cell for place, cell in cells.items() if key(cell) == own}
+        model, adapters = (first := next(iter(those.values()))).model, first.adapters
+        sd = load_model(ModelParts.of(model, adapters), model.device, model.dtype, model.backend, model.graphs)
+        for place, cell in those.items():
+            yield sd, place, cell
+
+
+def _write(
+    drawn: dict[tuple[int, ...], Image.Image], axes: Sequence[Axis], path: Path, given: Given, vary: Sequence[str]
+) -> None:
+    """The sheet of what there is so far: the first axis to the right, the second down, the third as sheets below."""
+    from sdkit.generation.png import write_png
+    from sdkit.images.sheet import contact_sheet, enlarged, labelled_grid, stacked
+
+    images = {place: enlarged(image, SIDE) for place, image in drawn.items()}
+    if not vary:
+        places = sorted(images)
+        labels = [axes[0].labels[place[0]] for place in places]
+        sheet = contact_sheet([images[place] for place in places], round(len(axes[0].values) ** 0.5), labels)
+    else:
+        columns, rows, sheets = (axes[k].labels if k < len(axes) else [""] for k in range(MOST_AXES))
+        parts: list[Image.Image] = []
+        for s, title in enumerate(sheets):
+            own = {(_at(p, 1), p[0]): image for p, image in images.items() if _at(p, 2) == s}
+            if own:
+                parts.append(labelled_grid(own, columns, [f"{title} {row}".strip() for row in rows]))
+        sheet = stacked(parts)
+    said = {name: given.arguments[name] for name in (PROMPT, "seed")}
+    write_png(sheet, path, said | {"vary": list(vary), "model": given.model.model})
+
+
+def _at(place: tuple[int, ...], axis: int) -> int:
+    return place[axis] if axis < len(place) else 0

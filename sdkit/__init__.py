@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sdkit.checkpoints.inspection import inspect_file
     from sdkit.diffusers_compat import accelerate, restore
     from sdkit.errors import CheckpointError, ConfigError, NumericalError, SDKitError
-    from sdkit.generation.generate import Output
     from sdkit.generation.options import Options, Settings
+    from sdkit.generation.output import Output
     from sdkit.generation.png import read_parameters, write_png
     from sdkit.generation.tasks import Hires
     from sdkit.networks.config import UNetConfig, VAEConfig
@@ -45,7 +45,7 @@ _HOMES = {
     "NoiseSchedule": "sampling.schedule",
     "NumericalError": "errors",
     "Options": "generation.options",
-    "Output": "generation.generate",
+    "Output": "generation.output",
     "Plan": "sampling.plan",
     "SDKitError": "errors",
     "Settings": "generation.options",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdkit.errors import ConfigError
@@ -42,6 +44,12 @@ class Range:
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 SEEDS = Range(0, 2**63 - 1)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is most like this one: "; did you mean 'seed'?", or nothing where none is."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def expect(ok: bool, name: str, expected: str, found: object) -> None:

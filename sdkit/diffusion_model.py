@@ -24,6 +24,7 @@ from sdkit.checkpoints.scheduler_config import (
     write_scheduler_config,
 )
 from sdkit.checkpoints.textual_inversion import TextualInversion, load_textual_inversion
+from sdkit.checks import nearest
 from sdkit.devices import default_dtype, find_device
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.graphs import Graphs
@@ -49,7 +50,8 @@ class DiffusionModel:
     prompt's tags of this kind, ``<lora:name:0.8>``, in force while its pictures are made: a context manager that raises
     ConfigError for a name that it does not know. ``adapter_kinds`` names the kinds of adapters that the model has,
     ``adapter_states`` holds what such a kind keeps beside the networks. ``textual_inversions`` holds for each trigger
-    its vectors [n, D]. ``graphs`` as in `load`.
+    its vectors [n, D]. ``graphs`` as in `load`. ``made_of`` holds what the model was loaded from, by the names that
+    the metadata of pictures has: model, vae, text_encoder, prediction, zero_snr; None for what was no file.
     """
 
     def __init__(self, components: Components, backend: str | None = None, graphs: bool | None = None) -> None:
@@ -64,6 +66,7 @@ class DiffusionModel:
             self.plan_defaults = read_scheduler_config(components.scheduler_config)[1]
         except ConfigError as error:
             self.plan_problem = str(error)
+        self.made_of: dict[str, Any] = {}
         self.extra_networks: dict[str, ApplyNetworks] = {}
         self.adapter_kinds: set[str] = set()
         self.adapter_states: dict[str, Any] = {}
@@ -101,8 +104,11 @@ class DiffusionModel:
         an option that does not belong to what is there.
         """
         place = find_device(device)
+        dtype = _of_diffusers(options, dtype)
         components = loading.load(model, dtype=dtype or default_dtype(place), **options)
-        return cls(components, backend, graphs).to(place)
+        loaded = cls(components, backend, graphs).to(place)
+        loaded.made_of = _origin(model, options)
+        return loaded
 
     @classmethod
     def from_pretrained(
@@ -115,6 +121,7 @@ class DiffusionModel:
         vae: str | Path | AutoencoderKL | None = None,
         text_encoder: str | Path | CLIPTextModel | None = None,
         graphs: bool | None = None,
+        **others: Any,
     ) -> Self:
         """Load a model that ships with us by its name, or a diffusers folder by its path.
 
@@ -122,6 +129,7 @@ class DiffusionModel:
         """
         if loading.is_single_file(model):
             raise CheckpointError(f"{model}: expected a diffusers folder, found a file: call from_single_file")
+        dtype = _of_diffusers(others, dtype, ("variant", "vae", "text_encoder", *COMMON))
         return cls.load(model, device, dtype, backend, graphs, variant=variant, vae=vae, text_encoder=text_encoder)
 
     @classmethod
@@ -138,6 +146,7 @@ class DiffusionModel:
         vae: str | Path | AutoencoderKL | None = None,
         text_encoder: str | Path | CLIPTextModel | None = None,
         graphs: bool | None = None,
+        **others: Any,
     ) -> Self:
         """Load a ``.safetensors`` or ``.ckpt`` file in the layout of CompVis and Stability.
 
@@ -146,6 +155,7 @@ class DiffusionModel:
         """
         if Path(path).is_dir() or str(path) in loading.shipped_models():
             raise CheckpointError(f"{path}: expected a file, found a folder or a shipped model: call from_pretrained")
+        dtype = _of_diffusers(others, dtype, (*loading.SINGLE_FILE.options, *COMMON))
         return cls.load(
             path,
             device,
@@ -159,6 +169,24 @@ class DiffusionModel:
             vae=vae,
             text_encoder=text_encoder,
         )
+
+    def __repr__(self) -> str:
+        """What the model is, in a few lines."""
+        unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
+        height, width = self.picture_size
+        networks = (("UNet", self.unet), ("VAE", self.vae), ("text encoder", self.text_encoder))
+        sizes = ", ".join(f"{name} {sum(p.numel() for p in n.parameters()) / 1e6:.1f} M" for name, n in networks)
+        lines = [
+            f"{type(self).__name__}({self.made_of.get('model', 'from parts')}), {str(self.dtype)[6:]} on {self.device}",
+            f"  parameters  {sizes}",
+            f"  pictures    {width} x {height} pixels, latents {vae.latent_channels} x {height // vae.factor} x "
+            f"{width // vae.factor}, UNet of {unet.in_channels} channels",
+            f"  text        {text.hidden_size} wide, {text.max_position_embeddings} tokens",
+            f"  predicts    {self.schedule.prediction_type}",
+        ]
+        if self.textual_inversions:
+            lines.append(f"  words       {', '.join(self.textual_inversions)}")
+        return "\n".join(lines)
 
     @property
     def components(self) -> Components:
@@ -230,6 +258,7 @@ class DiffusionModel:
                 f"{path}: expected a VAE of {had[0]} latent channels and factor {had[1]}, found {new[0]} and {new[1]}"
             )
         self.vae = vae
+        self.made_of["vae"] = str(path)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
         """Read learned vectors that stand for ``token`` in prompts, or where that is None for the file's own name for
@@ -344,3 +373,32 @@ class DiffusionModel:
 def _folded(trigger: str) -> str:
     """A trigger as it is looked for: whatever its case and white space."""
     return " ".join(trigger.lower().split())
+
+
+COMMON = ("device", "dtype", "backend", "graphs")
+
+
+def _of_diffusers(
+    given: dict[str, Any], dtype: torch.dtype | None, known: Sequence[str] | None = None
+) -> torch.dtype | None:
+    """The dtype, also by diffusers' name for it, which is taken out of ``given``. Raises TypeError, with the name that
+    may be meant, for anything left there, where ``known`` are the names of all arguments."""
+    if "torch_dtype" in given:
+        warnings.warn("torch_dtype: is called dtype here", stacklevel=3)
+        other = given.pop("torch_dtype")
+        if dtype is not None and other != dtype:
+            raise ConfigError(f"dtype, torch_dtype: expected one of them, found {dtype} and {other}")
+        dtype = other
+    for name in given if known is not None else ():
+        raise TypeError(f"unexpected keyword argument {name!r}{nearest(name, known)}")
+    return dtype
+
+
+def _origin(model: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What a model was loaded from, as `DiffusionModel.made_of` has it."""
+    names = {"prediction_type": "prediction"}
+    given = {names.get(name, name): value for name, value in options.items() if value is not None}
+    files = {
+        name: str(v) if isinstance(v, str | Path) else None for name, v in given.items() if name in loading.REPLACEABLE
+    }
+    return {"model": str(model)} | given | files

@@ -15,8 +15,9 @@ from typing import Unpack
 
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.generation.conditioning import Prompt
-from sdkit.generation.generate import Output, generate
-from sdkit.generation.options import Options, Settings
+from sdkit.generation.generate import generate
+from sdkit.generation.options import Options, Settings, read_settings
+from sdkit.generation.output import Output
 from sdkit.generation.request import make_request
 from sdkit.generation.tasks import Task, depth_task, image_task, inpaint_task, read_hires, text_task
 from sdkit.images.depth import DepthSource
@@ -25,6 +26,10 @@ from sdkit.images.inputs import Pictures
 
 class StableDiffusion(DiffusionModel):
     """A latent diffusion model with its tasks: pictures from a prompt, a picture, a mask, a depth map."""
+
+    def __call__(self, prompt: Prompt = None, negative_prompt: Prompt = None, **options: Unpack[Options]) -> Output:
+        """`text_to_image`; the other tasks have names of their own."""
+        return self.text_to_image(prompt, negative_prompt, **options)
 
     def text_to_image(
         self,
@@ -50,7 +55,7 @@ class StableDiffusion(DiffusionModel):
 
         Raises ConfigError for an argument without meaning, NumericalError for latents or pixels that are not finite.
         """
-        settings = Settings(**options)
+        settings = read_settings(options)
         hires = read_hires(hires_scale, hires_strength, hires_steps, hires_upscaler)
         return self._run(text_task(self, settings, hires), prompt, negative_prompt, settings)
 
@@ -70,7 +75,7 @@ class StableDiffusion(DiffusionModel):
             floor(num_inference_steps * strength), and at least 1 in between.
         options: see `sdkit.generation.options.Settings`; height and width resize the picture. Raises as text_to_image.
         """
-        settings = Settings(**options)
+        settings = read_settings(options)
         task = image_task(self, settings, image, strength)
         return self._run(task, prompt, negative_prompt, settings)
 
@@ -97,7 +102,7 @@ class StableDiffusion(DiffusionModel):
         puts back the picture, at that step's noise, in the cells of the latents that the mask does not touch.
         Raises as text_to_image, and ConfigError for a mask that selects nothing or can be read in two ways.
         """
-        settings = Settings(**options)
+        settings = read_settings(options)
         task = inpaint_task(self, settings, image, mask_image, strength, mask_blur)
         return self._run(task, prompt, negative_prompt, settings)
 
@@ -116,7 +121,7 @@ class StableDiffusion(DiffusionModel):
         depth_map: larger is nearer, as in `sdkit.images.depth.read_depth`; None: the checkpoint's own network
             estimates it. Raises as text_to_image, and CheckpointError when there is no such network.
         """
-        settings = Settings(**options)
+        settings = read_settings(options)
         task = depth_task(self, settings, image, depth_map, strength)
         return self._run(task, prompt, negative_prompt, settings)
 

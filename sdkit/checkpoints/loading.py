@@ -5,6 +5,7 @@ A file format is one module of functions and one row in `FORMATS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,15 @@ def find_model(model: str | Path) -> Path:
     names = shipped_models()
     path = MODELS / str(model) if str(model) in names else Path(model)
     if not path.exists():
-        raise CheckpointError(f"{model}: no such file or folder; models that ship with sdkit: {', '.join(names)}")
+        raise CheckpointError(f"{model}: no such file or folder; {_remedy(str(model), names)}")
     return path
+
+
+def _remedy(model: str, names: list[str]) -> str:
+    """What to do where nothing is there: of a name as the hub has them, how to get it."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) is None or Path(model).suffix in SUFFIXES:
+        return f"models that ship with sdkit: {', '.join(names)}"
+    return f"nothing is downloaded: `hf download {model} --local-dir FOLDER` does, and FOLDER can be loaded"
 
 
 def format_of(path: Path, formats: tuple[Format, ...] = FORMATS) -> Format | None:

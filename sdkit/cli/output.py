@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdkit.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
-    from sdkit.generation.generate import Output
+    from sdkit.generation.output import Output
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Watch:
 
 def destinations(out: str, count: int) -> list[Path]:
     """Choose the files to write. Raises ConfigError, before the work begins, when they could not be written."""
+    from sdkit.generation.png import numbered
+
     path = Path(out)
     if path.is_dir() or out.endswith("/"):
         taken = [int(f.name[:4]) for f in path.glob("*.png") if re.fullmatch(r"\d{4}(-.*)?\.png", f.name)]
@@ -35,10 +37,8 @@ def destinations(out: str, count: int) -> list[Path]:
         paths = [path / f"{first + i:04d}.png" for i in range(count)]
     elif path.suffix.lower() != ".png":
         raise ConfigError(f"{out}: expected a name that ends in .png, or a folder (with / at the end to create it)")
-    elif count == 1:
-        paths = [path]
     else:
-        paths = [path.with_name(f"{path.stem}-{i + 1:04d}{path.suffix}") for i in range(count)]
+        paths = numbered(path, count)
 
     for file in paths:
         if file.exists() and not file.is_file():

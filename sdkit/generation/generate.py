@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sdkit.generation.conditioning import Conditioning, encode
 from sdkit.generation.engine import Watched, calls_by_graphs
 from sdkit.generation.noise import given_latents
+from sdkit.generation.output import Output
 from sdkit.generation.prediction import Predictor
 from sdkit.generation.provenance import facts_of
 from sdkit.generation.request import Request
@@ -27,31 +28,11 @@ from sdkit.images.pixels import to_pil
 from sdkit.networks.convolution import packed
 from sdkit.networks.vae import decode_latents, encode_pictures
 from sdkit.sampling.plan import Calls, Plan, make_calls
-from sdkit.viewing.attention_maps import AttentionMaps, AttentionRecorder, Word, prompt_words, record_attention
+from sdkit.viewing.attention_maps import AttentionRecorder, Word, prompt_words, record_attention
 from sdkit.viewing.previews import Preview, Previewer
 
 FEWEST_TO_PACK = 4
 """Network calls that packing the weights (`sdkit.networks.convolution.packed`) costs as much as it saves in."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of a task.
-
-    images: a list of Pillow images ("pil"; ``sdkit.write_png(image, path, image.info)`` keeps in the PNG how they were
-        made), a tensor [B, 3, H, W] in [0, 1] ("pt"), or the latents ("latent").
-    latents: the final ones [B, C, h, w], in the noise predictor's scale.
-    seeds: one for each image; empty when generators or latents were given.
-    num_steps_run: whole sampling steps.
-    attention_maps: `sdkit.attention_sheet` shows them; None where none were asked for.
-    """
-
-    images: Any
-    latents: Tensor
-    seeds: list[int]
-    num_steps_run: int
-    previews: list[Preview] = field(default_factory=list[Preview])
-    attention_maps: AttentionMaps | None = None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, refuse_unread
+from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, nearest, refuse_unread
 from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -319,6 +319,16 @@ class Options(TypedDict, total=False):
     preview_mode: PreviewMode
     attention_maps: bool
     progress: bool
+
+
+def read_settings(options: Options) -> Settings:
+    """The settings that a task was given. Raises TypeError, with the name that may be meant, for an unknown one."""
+    known = {f.name for f in fields(Settings)}
+    for name in options:
+        if name not in known:
+            own = {argument.name for task in TASKS.values() for argument in task.arguments}
+            raise TypeError(f"unexpected keyword argument {name!r}{nearest(name, known | own)}")
+    return Settings(**options)
 
 
 # The tasks

@@ -41,6 +41,11 @@ def write_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapp
     return file
 
 
+def numbered(path: Path, count: int) -> list[Path]:
+    """The files of ``count`` pictures: the path itself for one, NAME-0001.png and so on for several."""
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i + 1:04d}{path.suffix}") for i in range(count)]
+
+
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters that ``write_png`` stored. Raises SDKitError when the picture holds none."""
     text = open_image(path).info.get("sdkit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sdkit.adapter_kinds import adapter_kinds
@@ -22,14 +23,18 @@ SHARED = (
 )
 """The arguments of all tasks that the metadata holds; `TASKS` has those of each."""
 
+PARTS = ("vae", "text_encoder")
+HELD = ("model", "prediction", "zero_snr", *PARTS)
+"""What the metadata holds of `DiffusionModel.made_of`: the options of the command line that make it again."""
+
 
 def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, Any]:
     """The facts by which image number ``index`` of a batch was made: arguments of its task by their names, and
 
-    task: its method, where that is not text_to_image; files: the SHA-256 of every file that went in; sampler: the one
-    used; dtype; version; adapters: the scale of each that ran without a tag, by kind and name; triggers: the words of
-    textual inversions in the prompts; not_held: the arguments that went in and that no metadata can hold, the callback
-    among them where it ``altered`` the run. Values are plain JSON.
+    task: its method, where that is not text_to_image; model and its parts: what it was loaded from; files: the SHA-256
+    of every file that went in; sampler: the one used; dtype; version; adapters: the scale of each that ran without a
+    tag, by kind and name; triggers: the words of textual inversions in the prompts; not_held: what went in and no
+    metadata can hold, the callback among it where it ``altered`` the run. Values are plain JSON.
     """
     task, settings, noise = request.task, request.settings, request.noise
     facts: dict[str, Any] = {"task": task.name} if task.name != "text_to_image" else {}
@@ -54,11 +59,18 @@ def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, A
         facts |= {f"hires_{name}": value for name, value in vars(task.hires).items()}
     paths = {name: paths[request.rows(len(paths), name)[index]] for name, paths in task.sources.items()}
     facts |= {name: path for name, path in paths.items() if path is not None}
-    if files := {path: file_hash(path) for path in paths.values() if path is not None}:
+
+    # The model, and every file that went in.
+    made_of = request.model.made_of
+    facts |= {name: value for name, value in made_of.items() if name in HELD and value is not None}
+    went_in = [path for path in paths.values() if path is not None]
+    went_in += [made_of[name] for name in PARTS if name in made_of and Path(made_of[name] or "").is_file()]
+    if files := {path: file_hash(path) for path in went_in}:
         facts["files"] = files
 
     # What is known here but cannot be held.
     not_held = [name for name, path in paths.items() if path is None]
+    not_held += [name for name, value in made_of.items() if name not in HELD or value is None]
     not_held += [name for name in ("prompt_embeds", "negative_prompt_embeds") if getattr(settings, name) is not None]
     not_held += ["callback_on_step_end"] if altered else []
     more = {"not_held": not_held, "adapters": _adapters(request.model), "triggers": _triggers(request, row)}

@@ -196,3 +196,51 @@ def test_layouts_change_no_picture() -> None:
     sd.unet.to(memory_format=torch.channels_last)
     sd.vae.to(memory_format=torch.channels_last)
     assert relative_error(sd.text_to_image("a cat", output_type="latent", **QUICK).latents, expected) < 1e-5
+
+
+# First minutes
+
+
+def test_a_model_says_what_it_is() -> None:
+    sd = StableDiffusion.from_pretrained("tabletop", device="cpu")
+    lines = repr(sd).splitlines()
+    assert lines[0] == "StableDiffusion(tabletop), float32 on cpu" and len(lines) <= 6
+    assert f"{sum(p.numel() for p in sd.unet.parameters()) / 1e6:.1f} M" in repr(sd)
+    assert "UNet of 4 channels" in repr(sd) and "v_prediction" in repr(sd)
+
+
+def test_diffusers_name_for_the_dtype_is_taken_with_a_hint() -> None:
+    with pytest.warns(UserWarning, match="torch_dtype: is called dtype here"):
+        sd = StableDiffusion.from_pretrained("tabletop", device="cpu", torch_dtype=torch.float16)
+    assert sd.dtype == torch.float16
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="dtype, torch_dtype: expected one of them"):
+        StableDiffusion.load("tabletop", device="cpu", dtype=torch.float32, torch_dtype=torch.float16)
+
+
+def test_unknown_arguments_name_the_nearest() -> None:
+    with pytest.raises(TypeError, match="'varient'; did you mean 'variant'"):
+        StableDiffusion.from_pretrained("tabletop", varient="fp16")
+    with pytest.raises(TypeError, match="'use_emma'; did you mean 'use_ema'"):
+        StableDiffusion.from_single_file("model.safetensors", use_emma=True)
+    sd = StableDiffusion.from_pretrained("tabletop", device="cpu")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'guidence_scale'; did you mean 'guidance_scale'"):
+        sd("a cube", guidence_scale=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'$"):
+        sd("a cube", zzz=3)  # type: ignore[call-arg]
+
+
+def test_a_name_of_the_hub_says_how_to_get_it() -> None:
+    with pytest.raises(CheckpointError, match="nothing is downloaded: `hf download owner/model-v1"):
+        StableDiffusion.from_pretrained("owner/model-v1")
+    with pytest.raises(CheckpointError, match="models that ship with sdkit: "):
+        StableDiffusion.from_pretrained("folder/model.safetensors/x")
+
+
+def test_a_model_knows_what_it_was_loaded_from(tmp_path: Path) -> None:
+    sd = StableDiffusion.from_pretrained("tabletop", device="cpu")
+    assert sd.made_of == {"model": "tabletop"}
+    sd.save_single_file(tmp_path / "model.safetensors")
+    one = StableDiffusion.load(tmp_path / "model.safetensors", device="cpu", prediction_type="epsilon", vae=sd.vae)
+    assert one.made_of == {"model": str(tmp_path / "model.safetensors"), "prediction": "epsilon", "vae": None}
+    info = one("", seed=1, num_inference_steps=1, progress=False).images[0].info
+    assert info["not_held"] == ["vae"] and info["prediction"] == "epsilon" and "vae" not in info

@@ -19,8 +19,8 @@ import finetune
 import sdkernels
 from sdkit.generation import engine
 from sdkit.generation.engine import RecordedCalls
-from sdkit.generation.generate import Output
 from sdkit.generation.noise import Noise
+from sdkit.generation.output import Output
 from sdkit.graphs import Graph, Graphs, state_of
 from sdkit.networks.attention import GEGLU
 from sdkit.networks.unet import UNet2DConditionModel

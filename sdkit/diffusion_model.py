@@ -104,7 +104,7 @@ class DiffusionModel:
         an option that does not belong to what is there.
         """
         place = find_device(device)
-        dtype = _of_diffusers(options, dtype)
+        dtype = _asked_dtype(dtype, options)
         components = loading.load(model, dtype=dtype or default_dtype(place), **options)
         loaded = cls(components, backend, graphs).to(place)
         loaded.made_of = _origin(model, options)
@@ -129,7 +129,8 @@ class DiffusionModel:
         """
         if loading.is_single_file(model):
             raise CheckpointError(f"{model}: expected a diffusers folder, found a file: call from_single_file")
-        dtype = _of_diffusers(others, dtype, ("variant", "vae", "text_encoder", *COMMON))
+        dtype = _asked_dtype(dtype, others)
+        _refuse_unknown(others, ("variant", "vae", "text_encoder", *COMMON))
         return cls.load(model, device, dtype, backend, graphs, variant=variant, vae=vae, text_encoder=text_encoder)
 
     @classmethod
@@ -155,7 +156,8 @@ class DiffusionModel:
         """
         if Path(path).is_dir() or str(path) in loading.shipped_models():
             raise CheckpointError(f"{path}: expected a file, found a folder or a shipped model: call from_pretrained")
-        dtype = _of_diffusers(others, dtype, (*loading.SINGLE_FILE.options, *COMMON))
+        dtype = _asked_dtype(dtype, others)
+        _refuse_unknown(others, (*loading.SINGLE_FILE.options, *COMMON))
         return cls.load(
             path,
             device,
@@ -378,20 +380,20 @@ def _folded(trigger: str) -> str:
 COMMON = ("device", "dtype", "backend", "graphs")
 
 
-def _of_diffusers(
-    given: dict[str, Any], dtype: torch.dtype | None, known: Sequence[str] | None = None
-) -> torch.dtype | None:
-    """The dtype, also by diffusers' name for it, which is taken out of ``given``. Raises TypeError, with the name that
-    may be meant, for anything left there, where ``known`` are the names of all arguments."""
-    if "torch_dtype" in given:
-        warnings.warn("torch_dtype: is called dtype here", stacklevel=3)
-        other = given.pop("torch_dtype")
-        if dtype is not None and other != dtype:
-            raise ConfigError(f"dtype, torch_dtype: expected one of them, found {dtype} and {other}")
-        dtype = other
-    for name in given if known is not None else ():
+def _asked_dtype(dtype: torch.dtype | None, others: dict[str, Any]) -> torch.dtype | None:
+    """The dtype, also by diffusers' name for it, which is taken out of ``others``."""
+    if "torch_dtype" not in others:
+        return dtype
+    warnings.warn("torch_dtype: is called dtype here", stacklevel=3)
+    other = others.pop("torch_dtype")
+    if dtype is not None and other != dtype:
+        raise ConfigError(f"dtype, torch_dtype: expected one of them, found {dtype} and {other}")
+    return other
+
+
+def _refuse_unknown(others: dict[str, Any], known: Sequence[str]) -> None:
+    for name in others:
         raise TypeError(f"unexpected keyword argument {name!r}{nearest(name, known)}")
-    return dtype
 
 
 def _origin(model: str | Path, options: dict[str, Any]) -> dict[str, Any]:

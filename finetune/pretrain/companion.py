@@ -23,7 +23,7 @@ from finetune.lora.attach import add_lora
 from finetune.lora.saving import updates_of
 from finetune.pretrain.clip import tokenize
 from finetune.pretrain.noise_predictor import BATCH, DROPOUT, draw_timesteps, loss_weight, scaled_latents
-from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.recipe import Recipe, autocast, every_nth, is_main_process, train_on_the_cpu
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.pictures import COUNTS, REPEATS
 from finetune.pretrain.world.raycast import Rendered, render
@@ -227,7 +227,10 @@ def main(
     length = sd.text_encoder.config.max_position_embeddings
     batches = draw_batches(shown, sd.tokenizer, length, sd.schedule.num_train_timesteps)
     recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100, decay_from=0.3)
-    train_on_the_cpu(CompanionLoss(sd.unet, sd.text_encoder, sd.schedule), batches, recipe, work / f"companion-{kind}")
+    loss = CompanionLoss(sd.unet, sd.text_encoder, sd.schedule)
+    train_on_the_cpu(loss, batches, recipe, work / f"companion-{kind}", every_nth)
+    if not is_main_process():
+        return
 
     folder = output or base.with_name(f"{base.name}-{kind}")
     parts = DEPTH_PARTS if kind is Kind.depth else {}

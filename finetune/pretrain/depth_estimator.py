@@ -14,7 +14,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.recipe import Recipe, autocast, every_nth, is_main_process, train_on_the_cpu
 from finetune.pretrain.world.pictures import COUNTS, REPEATS, SIZE, from_bytes, to_bytes
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import sample_scenes
@@ -135,7 +135,9 @@ def main(
         return from_bytes(pictures[index]), inverse[index].float()
 
     recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100, decay_from=0.3)
-    train_on_the_cpu(DepthLoss(network), batches, recipe, work / "depth")
+    train_on_the_cpu(DepthLoss(network), batches, recipe, work / "depth", every_nth)
+    if not is_main_process():
+        return
 
     network.eval()
     print(f"correlation with true inverse depth: {correlation(network, *rendered(UNSEEN, size, TEST_SEED)):.4f}")

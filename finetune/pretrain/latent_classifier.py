@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sdkernels
 from finetune.pretrain.noise_predictor import scaled_latents
-from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.recipe import Recipe, autocast, every_nth, is_main_process, train_on_the_cpu
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, SHAPES, sample_scenes
 from finetune.seeds import step_generator
@@ -120,7 +120,9 @@ def main(
 
     batches = draw_batches(render_examples(sd.vae, examples, size, SCENE_SEED), sd.schedule.num_train_timesteps)
     recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100, decay_from=0.3)
-    train_on_the_cpu(ClassifierLoss(classifier, sd.schedule), batches, recipe, work / "classifier")
+    train_on_the_cpu(ClassifierLoss(classifier, sd.schedule), batches, recipe, work / "classifier", every_nth)
+    if not is_main_process():
+        return
 
     classifier.eval()
     save_classifier(classifier, output or base.with_name(f"{base.name}-classifier"), torch.float16)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from finetune.pretrain.recipe import Recipe, autocast, train_on_the_cpu
+from finetune.pretrain.recipe import Recipe, autocast, every_nth, is_main_process, main_process_first, train_on_the_cpu
 from finetune.pretrain.world.pictures import REPEATS, SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
@@ -206,7 +206,8 @@ def main(
     if size % (4 * CELLS):
         raise typer.BadParameter(f"--size: expected a multiple of {4 * CELLS}, found {size}")
     torch.manual_seed(0)
-    pictures = training_pictures(work, scenes, scenes // 2, size)
+    with main_process_first():
+        pictures = training_pictures(work, scenes, scenes // 2, size)
     held_out = sample_scenes(HELD_OUT_SCENES, TEST_SEED - 1, held_out="only")  # so that no pair is strange to it
     extra = render(held_out, size).images * 2 - 1
     probe = Probe(size) if init is None else load_probe(init, size)
@@ -215,7 +216,9 @@ def main(
         return draw_batch(pictures, extra, held_out, step)
 
     recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, decay_from=0.3)
-    train_on_the_cpu(ProbeLoss(probe), batches, recipe, work / "probe")
+    train_on_the_cpu(ProbeLoss(probe), batches, recipe, work / "probe", every_nth)
+    if not is_main_process():
+        return
 
     probe.eval()
     write_state(probe.state_dict(), output, torch.float16)

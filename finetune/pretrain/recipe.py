@@ -83,6 +83,12 @@ def main_process_first() -> Generator[None]:
         dist.barrier()
 
 
+def every_nth(batch: Any, process: int, processes: int) -> Any:
+    """What one of several processes trains on, where a batch is a tuple of parts with a row for each sample."""
+    parts = (rows[process::processes] for rows in batch)
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+
+
 def train_on_the_cpu(
     loss: nn.Module,
     batches: Callable[[int], Any],

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.pretrain.recipe import Recipe, train_on_the_cpu
+from finetune.pretrain.latent_classifier import Batch
+from finetune.pretrain.recipe import Recipe, every_nth, train_on_the_cpu
+from finetune.pretrain.world.scenes import sample_scenes
 from finetune.seeds import step_generator
 from finetune.training.loop import Trained
 from finetune.training.states import load_state, saved_states
@@ -138,6 +140,16 @@ def together(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=ROOT, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=300
     )
+
+
+def test_processes_share_a_batch_by_its_rows() -> None:
+    scenes = sample_scenes(6, 3)
+    x, own = every_nth((torch.arange(6), scenes), 1, 2)
+    assert x.tolist() == [1, 3, 5] and torch.equal(own.color, scenes.color[1::2])
+    batch = Batch(*(torch.arange(4) + k for k in range(4)))
+    parts = [every_nth(batch, process, 2) for process in range(2)]
+    assert all(isinstance(part, Batch) for part in parts)
+    assert [part.classes.tolist() for part in parts] == [[3, 5], [4, 6]]
 
 
 @pytest.mark.slow

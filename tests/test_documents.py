@@ -140,6 +140,8 @@ def check_command(command: str) -> None:
 def check_module(name: str, arguments: list[str]) -> None:
     """``python -m NAME ARGUMENTS``."""
     module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
     app = getattr(module, "app", None)
     if callable(parser := getattr(module, "parser", None)):
         parser().parse_args(arguments)

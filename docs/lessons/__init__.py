@@ -1,0 +1,1 @@
+"""The measured figures of docs/latent-diffusion.md, one lesson a file: ``python -m docs.lessons NAME``."""

@@ -87,7 +87,7 @@ def prediction_figure(
     timesteps = torch.linspace(0, sd.schedule.num_train_timesteps - 1, points).long().tolist()
 
     figure = empty_figure(8.0, 3.6)
-    axes = figure.add_axes((0.1, 0.15, 0.87, 0.76))
+    axes = figure.add_axes((0.12, 0.15, 0.85, 0.76))
     texts = {"the right text": list(prompts), "no text": [""] * len(pixels), "a wrong text": list(wrong)}
     for (name, own), colour in zip(texts.items(), _colours(3), strict=True):
         errors = prediction_errors(sd, pixels / 2 + 0.5, own, timesteps)

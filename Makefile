@@ -1,6 +1,6 @@
 # image     a picture from a prompt, by the model that ships with us
 # test      the quick tests        test-all  also the slow ones        gpu  the GPU tests, with the system's Python
-# lint      ruff and pyright       pictures  draw what docs/README.md shows (minutes)
+# lint      ruff and pyright       pictures  draw what docs/ shows and measure it (minutes)
 # tabletop  train the shipped model from nothing (hours; resumes where it stopped)
 
 PYTHON ?= python3
@@ -46,6 +46,7 @@ gpu:
 
 pictures: $(VENV)/run.stamp
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m docs.lessons
 	$(BIN)/python -m finetune.pretrain.editing
 
 tabletop: $(VENV)/test.stamp

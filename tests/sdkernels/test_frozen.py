@@ -39,4 +39,5 @@ def test_gradients_are_those_that_are_asked_for(op: str) -> None:
         for name in names:
             expected, grad = whole[name], found[name]
             assert (grad is not None) == (name in asked), (asked, name)
-            assert grad is None or (expected is not None and torch.equal(grad, expected)), (asked, name)
+            if grad is not None:  # products of a CPU's library may differ in the last bit, by where in memory they lie
+                torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6, msg=f"{asked} {name}")

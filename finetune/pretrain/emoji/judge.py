@@ -86,10 +86,10 @@ def render_examples(sets: Sets, times: int, seed: int) -> Examples:
 
 def trained(sets: Sets, work: Path, steps: int) -> Judge:
     """The judge, trained where its file is not there."""
+    torch.manual_seed(0)
     file, judge = work / "judge.safetensors", Judge(len(sets[LEARNT]))
     if file.is_file():
         return give_weights(judge, read_state(file, torch.float32)[0], str(file))
-    torch.manual_seed(0)
     examples = render_examples(sets, TIMES, seed=1)
 
     def batch(step: int) -> Examples:

@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ from sdkit.cli.models import ModelParts, load_model
 from sdkit.cli.options import Given, ModelOptions, argument_names, picture_command
 from sdkit.cli.output import destinations
 from sdkit.errors import ConfigError
-from sdkit.generation.options import TASKS, TaskKind
+from sdkit.generation.options import TASKS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -133,7 +134,7 @@ def _with(given: Given, axis: Axis, value: str) -> Given:
     """What is given, with another value of one option, read as the command line reads it."""
     if axis.option == PROMPT:
         word, prompt = axis.values[0], given.arguments[PROMPT]
-        if word not in prompt and all(other not in prompt for other in axis.values):
+        if word not in prompt:
             raise ConfigError(f"--vary prompt: expected its first value in the prompt, found {word!r} in {prompt!r}")
         return replace(given, arguments=given.arguments | {PROMPT: prompt.replace(word, value)})
 
@@ -143,7 +144,7 @@ def _with(given: Given, axis: Axis, value: str) -> Given:
     if name not in (*names, *kinds, *on_model) or name in ("num", "progress", "preview_every"):
         raise ConfigError(f"--vary: expected an option of sdkit txt2img, or prompt, found {axis.option!r}")
 
-    read = _read(given.task, axis.option, value)
+    read = _read(axis.option, value)
     if name in kinds:
         return replace(given, adapters=given.adapters | {name: read.adapters[name]})
     if name in on_model:
@@ -151,11 +152,12 @@ def _with(given: Given, axis: Axis, value: str) -> Given:
     return replace(given, arguments=given.arguments | {names[name]: read.arguments.get(names[name])})
 
 
-def _read(task: TaskKind, option: str, value: str) -> Given:
-    """What the task's own command makes of one option."""
+@cache
+def _read(option: str, value: str) -> Given:
+    """What txt2img makes of one option."""
     caught: list[Given] = []
     app = typer.Typer(add_completion=False)
-    app.command()(picture_command(task, caught.append))
+    app.command()(picture_command(TASKS["text_to_image"], caught.append))
     switch = {"true": f"--{option}", "false": f"--no-{option}"}.get(value.lower())
     arguments = ["", switch] if switch else ["", f"--{option}", value]
     typer.main.get_command(app).main(args=arguments, standalone_mode=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, A
     facts |= {name: value for name, value in made_of.items() if name in HELD and value is not None}
     went_in = [path for path in paths.values() if path is not None]
     went_in += [made_of[name] for name in PARTS if name in made_of and Path(made_of[name] or "").is_file()]
-    if files := {path: file_hash(path) for path in went_in}:
+    if files := {path: _known_hash(path) for path in went_in}:
         facts["files"] = files
 
     # What is known here but cannot be held.
@@ -77,6 +79,20 @@ def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, A
     facts |= {name: value for name, value in more.items() if value}
 
     return facts | {"dtype": str(request.model.dtype).removeprefix("torch."), "version": __version__}
+
+
+def _known_hash(path: str) -> str:
+    """`file_hash`, once for all pictures as long as the file stays as it is."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return file_hash(path)  # which says what is wrong
+    return _hash(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: str, changed: int, size: int) -> str:
+    return file_hash(path)
 
 
 def _adapters(model: DiffusionModel) -> dict[str, dict[str, float]]:

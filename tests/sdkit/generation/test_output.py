@@ -55,3 +55,18 @@ def test_a_notebook_shows_the_pictures(sd: StableDiffusion) -> None:
     assert one is not None and three is not None
     assert Image.open(BytesIO(one)).size == (64, 64) and Image.open(BytesIO(three)).width > 3 * 64
     assert Output(torch.zeros(1, 3, 8, 8), torch.zeros(1), [], 1)._repr_png_() is None
+
+
+def test_a_file_is_hashed_once_for_all_pictures_and_again_when_it_changes(
+    sd: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    monkeypatch.setattr("sdkit.generation.provenance.file_hash", lambda path: hashed.append(str(path)) or "0" * 64)
+    file = tmp_path / "vae.safetensors"
+    file.write_bytes(b"first")
+    monkeypatch.setattr(sd, "made_of", {"model": "tabletop", "vae": str(file)})
+    sd(["", ""], seed=1, **FEW)
+    sd("", seed=1, **FEW)
+    assert hashed == [str(file)]
+    file.write_bytes(b"another one")
+    assert sd("", seed=1, **FEW).images[0].info["files"] == {str(file): "0" * 64} and len(hashed) == 2

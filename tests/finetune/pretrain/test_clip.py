@@ -141,14 +141,14 @@ model = build(tokenizer, 16)
 recipe = Recipe(max_train_steps=5, learning_rate=1e-3, lr_warmup_steps=0)
 trained = train_on_the_cpu(ContrastiveLoss(model), batch, recipe, Path(sys.argv[1]), share)
 if is_main_process():
-    losses = [row.loss for row in trained.history.rows]
-    torch.save({"weights": model.state_dict(), "losses": losses}, Path(sys.argv[1]) / "end.pt")
+    rows = [(row.loss, row.grad_norm) for row in trained.history.rows]
+    torch.save({"weights": model.state_dict(), "rows": rows}, Path(sys.argv[1]) / "end.pt")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_contrast_all_rows_as_one_does(tmp_path: Path) -> None:
-    """7 pictures and 9 texts, which two processes cannot share evenly: losses and weights of five steps."""
+    """7 pictures and 9 texts, which two cannot share evenly: losses, norms of gradients and weights of five steps."""
     (tmp_path / "program.py").write_text(TOGETHER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     ways = {"one": [sys.executable], "two": [*launch, "--rdzv-endpoint", "localhost:0"]}
@@ -159,7 +159,8 @@ def test_two_processes_contrast_all_rows_as_one_does(tmp_path: Path) -> None:
         command = [*way, str(tmp_path / "program.py"), str(tmp_path / name)]
         subprocess.run(command, cwd=ROOT, env=in_float32, check=True, timeout=300)
         ends[name] = torch.load(tmp_path / name / "end.pt", weights_only=True)
-    assert ends["two"]["losses"] == pytest.approx(ends["one"]["losses"], rel=1e-4)
+    for own, alone in zip(ends["two"]["rows"], ends["one"]["rows"], strict=True):  # Adam would not mind a factor
+        assert own == pytest.approx(alone, rel=1e-3)
     for name, value in ends["one"]["weights"].items():
         if "k_proj.bias" not in name:  # its gradient is rounding alone
             assert (ends["two"]["weights"][name] - value).abs().max() < 3e-4, name

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import sdkit
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.sampling.samplers import SAMPLERS
 from sdkit.viewing.attention_sheet import attention_sheet
 from sdkit.viewing.previews import rgb_projection
@@ -21,12 +21,8 @@ PROMPT = "a large shiny red sphere on a wooden table"
 PAIR = "a green cone and a yellow torus on a white table"
 
 
-def enlarged(image: Image.Image, side: int = 128) -> Image.Image:
-    return image.resize((side, side), Image.Resampling.NEAREST)
-
-
 def row(images: list[Image.Image], captions: list[str], columns: int | None = None) -> Image.Image:
-    return contact_sheet([enlarged(image) for image in images], columns or len(images), captions)
+    return contact_sheet([enlarged(image, 128) for image in images], columns or len(images), captions)
 
 
 def samplers(sd: sdkit.StableDiffusion) -> Image.Image:
@@ -70,15 +66,14 @@ def classifier_guidance(sd: sdkit.StableDiffusion) -> Image.Image:
 
 def hires(sd: sdkit.StableDiffusion) -> Image.Image:
     """A picture of the model's size, twice that at once, and in two stages."""
-    size = {"height": 128, "width": 128}
+    height, width = sd.picture_size
     images = [
         draw(sd, PROMPT, seed=2),
-        draw(sd, PROMPT, seed=2, **size),
+        draw(sd, PROMPT, seed=2, height=2 * height, width=2 * width),
         draw(sd, PROMPT, seed=2, hires_scale=2.0, hires_strength=0.1),
     ]
-    return contact_sheet(
-        [enlarged(image, 256) for image in images], 3, ["64 x 64", "128 x 128 at once", "hires_scale 2"]
-    )
+    captions = [f"{width} x {height}", f"{2 * width} x {2 * height} at once", "hires_scale 2"]
+    return contact_sheet([image.resize((256, 256), Image.Resampling.NEAREST) for image in images], 3, captions)
 
 
 def variations(sd: sdkit.StableDiffusion) -> Image.Image:

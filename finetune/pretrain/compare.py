@@ -30,7 +30,7 @@ from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.scenes import sample_scenes
 from finetune.training.states import saved_states
 from sdkit.files import replace_section, write_text
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.stable_diffusion import StableDiffusion
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -257,7 +257,7 @@ def sheet(work: Path) -> Image.Image:
             sampler=SAMPLER,
             progress=False,
         ).images
-        pictures += [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
+        pictures += [enlarged(image, 128) for image in images]
         texts += [f"{name}: {SHOWN[0]}", *SHOWN[1:]]
     return contact_sheet(pictures, len(SHOWN), texts)
 

@@ -30,7 +30,7 @@ from sdkit.checkpoints.loading import load_vae
 from sdkit.checkpoints.vae_file import load_vae_file
 from sdkit.files import replace_section, write_text
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.networks.vae import AutoencoderKL
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -43,7 +43,7 @@ CASES = {"striped": "a new surface, striped", "photographs": "real photographs"}
 
 
 def write_photographs(folder: Path) -> None:
-    """Write both photographs at half size in pieces of 64 × 64: ``folder/data``, and of the right ``folder/unseen``."""
+    """Write pieces of SIZE × SIZE, of both photographs halved: ``folder/data``, of the right part ``folder/unseen``."""
     from sklearn.datasets import load_sample_images
 
     for kind in ("data", "unseen"):
@@ -67,7 +67,7 @@ def write_striped(folder: Path) -> None:
 
 
 def unseen(vae: AutoencoderKL, folder: Path) -> list[Tensor]:
-    """The pictures that are measured, each [1, 3, 64, 64] in [-1, 1]."""
+    """The pictures that are measured, each [1, 3, SIZE, SIZE] in [-1, 1]."""
     return [pixels(view) for view in validation_views(vae, DecoderData(folder / "unseen"))]
 
 
@@ -111,7 +111,7 @@ def sheet(rows: Sequence[tuple[Sequence[Tensor], AutoencoderKL, AutoencoderKL]])
     images: list[Image.Image] = []
     for pictures, base, trained in rows:
         for x in pictures:
-            images += [to_pil(y.clamp(-1, 1))[0].resize((128, 128)) for y in (x, base(x), trained(x))]
+            images += [enlarged(to_pil(y.clamp(-1, 1))[0], 128) for y in (x, base(x), trained(x))]
     return contact_sheet(images, 9, ("picture", "before", "after") * (len(images) // 3))
 
 

@@ -95,7 +95,7 @@ def _word(rng: random.Random, plain: str) -> str:
 
 
 def concept_pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Pictures of striped zorbs ``[count, 3, 64, 64]``, float32 in [0, 1], and their captions."""
+    """Pictures of striped zorbs ``[count, 3, SIZE, SIZE]``, float32 in [0, 1], and their captions."""
     scenes = concept_scenes(count, seed)
     return render(scenes, SIZE).images, concept_captions(scenes, seed)
 

@@ -42,7 +42,7 @@ TRAINING_SEED, TEST_SEED = 4_000_001, 4_500_001
 
 
 class ConceptProbe(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] to logits: what zorb there is, whether anything is striped, its colour."""
+    """Pictures [B, 3, SIZE, SIZE] in [-1, 1] to logits: what zorb there is, whether anything is striped, its colour."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def truth(scenes: Scenes) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def see(probe: ConceptProbe, pixels: Tensor) -> dict[str, Tensor]:
-    """The likeliest answer of each head ``[B]`` int64 on pictures [B, 3, 64, 64] in [-1, 1]."""
+    """The likeliest answer of each head ``[B]`` int64 on pictures [B, 3, SIZE, SIZE] in [-1, 1]."""
     return {name: logits.argmax(1) for name, logits in probe(pixels).items()}
 
 

@@ -25,7 +25,7 @@ from finetune.pretrain.world.scenes import COLORS, SHAPES, TABLES, sample_scenes
 from sdkit.checkpoints.loading import MODELS
 from sdkit.files import replace_section, section
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.stable_diffusion import StableDiffusion
 
 SCENE_SEED = 4_000_001
@@ -157,7 +157,7 @@ def sheet(which: Cases, columns: dict[str, list[Image.Image]]) -> Image.Image:
     texts: list[str] = []
     for i, prompt in enumerate(which.prompts):
         row = [("input", inputs[i]), *((name, images[i]) for name, images in columns.items())]
-        pictures += [image.resize((2 * SIZE, 2 * SIZE), Image.Resampling.NEAREST) for _, image in row]
+        pictures += [enlarged(image, 128) for _, image in row]
         texts += [name for name, _ in row[:-1]] + [f"{row[-1][0]}: {prompt}"]
     return contact_sheet(pictures, len(columns) + 1, texts)
 

@@ -26,11 +26,10 @@ from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import build, of_towers
 from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
 from finetune.pretrain.world.captions import NUMBERS, WORDS, captions, group_prompt, pair_prompt
-from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.scenes import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from sdkit.checkpoints.loading import MODELS
 from sdkit.files import replace_section, section, write_text
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.stable_diffusion import StableDiffusion
 
 Group = tuple[int, str, str]
@@ -221,7 +220,7 @@ def draw_grid(sd: StableDiffusion, guidance: float, steps: int) -> Image.Image:
     """A picture of each prompt of GRID; a star marks a pair that training never showed."""
     images = sd.text_to_image(GRID, num_inference_steps=steps, guidance_scale=guidance, seed=1, progress=False).images
     marked = [f"{p} *" if any(pair in HELD_OUT for pair in pairwise(p.split())) else p for p in GRID]
-    return contact_sheet([image.resize((2 * SIZE, 2 * SIZE)) for image in images], 8, marked)
+    return contact_sheet([enlarged(image, 128) for image in images], 8, marked)
 
 
 def main(

@@ -47,7 +47,7 @@ from sdkit.checkpoints import loading
 from sdkit.checkpoints.components import Components
 from sdkit.files import replacing
 from sdkit.images.pixels import to_pil
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.text_encoder import pooled
 from sdkit.networks.unet import UNet2DConditionModel
@@ -265,7 +265,7 @@ def sample_sheet(
     noise = torch.randn(len(prompts), 4, side, side, generator=step_generator(SHEET_RUN, 0))
     latents = denoise(plan, predict, plan.start(noise), lambda: noise, Guidance(3.0))
     pictures = vae.decode(latents.float() / vae.config.scaling_factor).clamp(-1, 1)
-    return contact_sheet([p.resize((128, 128)) for p in to_pil(pictures)], 8, [p or UNTOLD for p in prompts])
+    return contact_sheet([enlarged(p, 128) for p in to_pil(pictures)], 8, [p or UNTOLD for p in prompts])
 
 
 def untrained(work: Path, init: Path | None, schedule: NoiseSchedule, side: int) -> PredictorLoss:

@@ -16,6 +16,7 @@ from finetune.pretrain.autoencoder import (
     sample_sheet,
     unseen_renders,
 )
+from finetune.pretrain.world.pictures import SIZE
 from finetune.seeds import step_generator
 from finetune.vae_decoder.loss import DecoderLossConfig
 from sdkit.networks.vae import AutoencoderKL
@@ -106,4 +107,4 @@ def test_unseen_pictures_are_measured_in_decibels() -> None:
 
 def test_a_sheet_shows_pictures_above_what_the_vae_makes_of_them() -> None:
     width, height = sample_sheet(lambda x: x, unseen_renders(count=64)).size
-    assert width > 8 * 64 and height > 4 * 64
+    assert width > 8 * SIZE and height > 4 * SIZE

@@ -21,6 +21,7 @@ from finetune.pretrain.companion import (
     render_examples,
     widened,
 )
+from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import sample_scenes
 from sdkit.checkpoints.loading import MODELS
@@ -48,14 +49,15 @@ def test_masks_are_around_objects_anywhere_and_over_all() -> None:
 @pytest.mark.parametrize("kind", list(Kind))
 def test_examples_have_the_channels_that_the_task_gives(kind: Kind, base: StableDiffusion) -> None:
     """What training sees is what `sdkit.generation` shows the UNet."""
-    found = render_examples(kind, base.vae, 64, 64)
+    found = render_examples(kind, base.vae, 64, SIZE)
+    grid = (SIZE // base.vae.config.factor,) * 2
     assert len(found.scenes) == len(found.latents) == len(found.extra) == 64
-    assert found.latents.shape[1:] == (4, 16, 16) and 0.5 < found.latents.float().std() < 1.5
+    assert found.latents.shape[1:] == (4, *grid) and 0.5 < found.latents.float().std() < 1.5
     if kind is Kind.depth:
-        assert found.extra.shape[1:] == (1, 16, 16) and found.extra.amin() == -1 and found.extra.amax() == 1
+        assert found.extra.shape[1:] == (1, *grid) and found.extra.amin() == -1 and found.extra.amax() == 1
         assert found.extra[:, :, -1].mean() > found.extra[:, :, 0].mean() + 0.5  # below is nearer
         return
-    assert found.extra.shape[1:] == (5, 16, 16) and set(found.extra[:, 0].unique().tolist()) == {0.0, 1.0}
+    assert found.extra.shape[1:] == (5, *grid) and set(found.extra[:, 0].unique().tolist()) == {0.0, 1.0}
     kept = (found.extra[:, :1] == 0).expand(-1, 4, -1, -1)
     shown, whole = found.extra[:, 1:].float(), found.latents.float()
     near = (shown - whole).abs()
@@ -75,7 +77,7 @@ def test_the_loss_reaches_the_input_and_the_lora_alone(base: StableDiffusion) ->
     sd = widened(base, 5)
     add_lora(sd, 2, alpha=2, targets=r"^(?!conv_in$)", name=NAME)
     sd.unet.conv_in.requires_grad_(True)
-    examples = render_examples(Kind.depth, sd.vae, 64, 64)
+    examples = render_examples(Kind.depth, sd.vae, 64, SIZE)
     batch = draw_batches(examples, sd.tokenizer, 77, 1000)(0)
     assert len(batch.x0) == BATCH and torch.equal(batch.x0, draw_batches(examples, sd.tokenizer, 77, 1000)(0).x0)
 

@@ -17,7 +17,7 @@ from finetune.pretrain.concept import BANDED
 from finetune.pretrain.world import geometry as g
 from finetune.pretrain.world.captions import captions
 from finetune.pretrain.world.objects import flatten_objects
-from finetune.pretrain.world.pictures import TRAINING_SEED, to_bytes
+from finetune.pretrain.world.pictures import SIZE, TRAINING_SEED, to_bytes
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, CROWD, RADIUS, SHAPES, STRIPED, TABLES, Scenes, sample_scenes, valid
 from finetune.pretrain.world.shading import STRIPE, light_direction, shadows
@@ -196,11 +196,13 @@ def test_the_folder_is_what_training_reads(tmp_path: Path) -> None:
     found = read_folder(tmp_path / "zorbs").pictures
     images, captions_ = concept.concept_pictures(6, 4)
     assert [picture.caption for picture in found] == texts == captions_
-    assert images.shape == (6, 3, 64, 64) and images.dtype == torch.float32 and 0 <= images.min() < images.max() <= 1
+    assert (
+        images.shape == (6, 3, SIZE, SIZE) and images.dtype == torch.float32 and 0 <= images.min() < images.max() <= 1
+    )
     for picture, pixels in zip(found, to_bytes(images), strict=True):
-        assert picture.size == (64, 64)
+        assert picture.size == (SIZE, SIZE)
         stored = torch.tensor(list(open_image(picture.path).tobytes()), dtype=torch.uint8)
-        assert torch.equal(stored.view(64, 64, 3), pixels.permute(1, 2, 0))
+        assert torch.equal(stored.view(SIZE, SIZE, 3), pixels.permute(1, 2, 0))
 
 
 def test_the_words_are_spelled_from_pieces_that_the_base_has(sd: StableDiffusion) -> None:

@@ -17,6 +17,7 @@ from finetune.pretrain.latent_classifier import (
     main,
     render_examples,
 )
+from finetune.pretrain.world.pictures import SIZE
 from finetune.pretrain.world.scenes import sample_scenes
 from sdkit.checkpoints.classifier_folder import load_classifier
 from sdkit.checkpoints.loading import MODELS, load_vae
@@ -26,10 +27,10 @@ from sdkit.sampling.schedule import NoiseSchedule
 
 def test_classes_are_those_of_the_objects() -> None:
     vae = load_vae(MODELS / "tabletop", dtype=torch.float32)
-    found = render_examples(vae, 64, 64, 5)
+    found = render_examples(vae, 64, SIZE, 5)
     scenes = sample_scenes(64, torch.Generator().manual_seed(5), counts=(1.0, 0.0, 0.0), held_out="include")
     names = [CLASSES[k] for k in found.classes.tolist()]
-    assert found.latents.shape == (64, 4, 16, 16) and len(CLASSES) == 40
+    assert found.latents.shape == (64, 4, *(SIZE // vae.config.factor,) * 2) and len(CLASSES) == 40
     from finetune.pretrain.probe import objects_of
 
     assert names == [f"{o['color']} {o['shape']}" for i in range(64) for o in objects_of(scenes, i)]

@@ -37,7 +37,7 @@ def test_the_probes_verdict_names_the_objects(monkeypatch: pytest.MonkeyPatch) -
     scenes = sample_scenes(8, 7, counts=(0.0, 1.0, 0.0))
     probe = Probe()
     monkeypatch.setattr(probe, "forward", lambda _x: perfect_output(scenes, [1, 2, 0]))
-    for i, verdict in enumerate(look(probe, torch.zeros(8, 3, 64, 64))):
+    for i, verdict in enumerate(look(probe, torch.zeros(8, 3, SIZE, SIZE))):
         truth = {(COLORS[scenes.color[i, k]], SHAPES[scenes.shape[i, k]]) for k in range(2)}
         assert {(seen["color"], seen["shape"]) for seen in verdict.objects} == truth
 

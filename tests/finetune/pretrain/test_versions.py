@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from finetune.pretrain import versions
+from finetune.pretrain.world.pictures import SIZE
 from sdkit.checkpoints.loading import MODELS
 from sdkit.files import section
 
@@ -31,4 +32,4 @@ def test_both_versions_are_measured_alike_and_written_down(tmp_path: Path, monke
     assert "| CLIP: named, % | 90.0 | 95.5 |" in table
     with Image.open(tmp_path / "versions.png") as sheet:
         width, height = sheet.size
-    assert width > 6 * 64 and height > 2 * 64
+    assert width > 6 * SIZE and height > 2 * SIZE

@@ -70,11 +70,9 @@ def test_likeness_is_that_of_the_models_own_clip() -> None:
     from sdkit.figures import clip_likeness
     from sdkit.stable_diffusion import StableDiffusion
 
-    texts, pixels = (
-        ["a red sphere", "two blue cubes"],
-        torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)),
-    )
     sd = StableDiffusion.from_pretrained("tabletop", device="cpu", dtype=torch.float32)
+    texts = ["a red sphere", "two blue cubes"]
+    pixels = torch.rand(3, 3, *sd.picture_size, generator=torch.Generator().manual_seed(1))
     clip, tokenizer = reconstruct_clip(MODELS / "tabletop")
     with torch.no_grad():
         expected = embed_text(clip.text_model, tokenize(tokenizer, texts)) @ embed_images(clip, pixels * 2 - 1).T

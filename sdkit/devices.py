@@ -27,6 +27,11 @@ def fast_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format
     return torch.channels_last if last else torch.contiguous_format
 
 
+def find_dtype(name: str | None) -> torch.dtype | None:
+    """torch's dtype of this name; None for None."""
+    return None if name is None else getattr(torch, name)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """float16 on a GPU, else float32."""
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -27,7 +27,7 @@ FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("diffusers_compat", "diffusion_model", "viewing"),
         ("generation",),
         ("stable_diffusion",),
-        ("figures",),
+        ("figures", "model_parts"),
         ("__init__", "cli"),
         ("__main__",),
     ),

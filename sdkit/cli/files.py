@@ -11,17 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.adapter_kinds import AdapterKind, adapter_kinds
-from sdkit.cli.models import ModelParts, load_model
 from sdkit.cli.options import (
     DtypeOption,
     PredictionOption,
     TextEncoderOption,
     VaeOption,
     ZeroSnrOption,
-    find_dtype,
 )
 from sdkit.cli.output import check_writable
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.model_parts import ModelParts, load_model
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -45,6 +44,7 @@ def convert(
     """Convert a model or a VAE between diffusers' folder layout and a single file, or a LoRA between its formats."""
     from sdkit.checkpoints.inspection import inspect_file
     from sdkit.checkpoints.loading import FORMATS, SUFFIXES, VAE_FORMATS, format_of, load, save
+    from sdkit.devices import find_dtype
 
     options = {"prediction_type": prediction, "zero_snr": zero_snr, "vae": vae, "text_encoder": text_encoder}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -60,7 +60,7 @@ def convert(
         adapter_format = _own_format(str(inspect_file(source)["kind"]))
     if adapter_format is not None:
         _refuse(given, f"only for models; {source} becomes {adapter_format}")
-        sd = None if model is None else load_model(ModelParts(model), "cpu", None, None)
+        sd = None if model is None else load_model(ModelParts(model), "cpu")
         _kind_of(adapter_format).module.convert(source, target, adapter_format, sd, find_dtype(dtype))
         print(f"{target}  as {adapter_format}")
         return

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdkit.adapter_kinds import adapter_kinds
-from sdkit.cli.models import ModelParts, load_model
 from sdkit.cli.options import Given, ModelOptions, argument_names, picture_command
 from sdkit.cli.output import destinations
 from sdkit.errors import ConfigError
@@ -178,7 +177,7 @@ def _by_model(
     for own in dict.fromkeys(map(key, cells.values())):
         those = {place: cell for place, cell in cells.items() if key(cell) == own}
         model, adapters = (first := next(iter(those.values()))).model, first.adapters
-        sd = load_model(ModelParts.of(model, adapters), model.device, model.dtype, model.backend, model.graphs)
+        sd = model.load(adapters)
         for place, cell in those.items():
             yield sd, place, cell
 

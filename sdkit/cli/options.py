@@ -21,9 +21,10 @@ import typer
 from sdkit.adapter_kinds import adapter_kinds
 from sdkit.errors import ConfigError
 from sdkit.generation.options import Option, Settings, TaskKind, declarations
+from sdkit.model_parts import ModelParts, load_model
 
 if TYPE_CHECKING:
-    import torch
+    from sdkit.stable_diffusion import StableDiffusion
 
 
 class Precision(StrEnum):
@@ -82,6 +83,16 @@ class ModelOptions:
     prediction: PredictionOption = None
     zero_snr: ZeroSnrOption = None
     text_encoder: TextEncoderOption = None
+
+    def parts(self, adapters: Mapping[str, list[str]]) -> ModelParts:
+        """What these options and those of the adapters name."""
+        vae, text_encoder = (None if file is None else str(file) for file in (self.vae, self.text_encoder))
+        embedding = [str(file) for file in self.embedding]
+        return ModelParts(self.model, self.prediction, vae, adapters, embedding, self.zero_snr, text_encoder)
+
+    def load(self, adapters: Mapping[str, list[str]]) -> StableDiffusion:
+        """The model that `parts` are of."""
+        return load_model(self.parts(adapters), self.device, self.dtype, self.backend, self.graphs)
 
 
 @dataclass(frozen=True)
@@ -242,20 +253,3 @@ def _interval(text: str | None) -> tuple[float, float] | None:
         return float(low or 0), float(high) if high else math.inf
     except ValueError:
         raise ConfigError(f"--interval: expected LOW:HIGH, two noise levels, found {text!r}") from None
-
-
-def file_and_weight(text: str) -> tuple[str, float]:
-    """FILE:WEIGHT; the weight is 1 when it is left out."""
-    file, _, weight = text.rpartition(":")
-    try:
-        return (file, float(weight)) if file else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-def find_dtype(precision: Precision | None) -> torch.dtype | None:
-    if precision is None:
-        return None
-    import torch
-
-    return getattr(torch, precision.value)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdkit.cli.models import ModelParts, load_model
 from sdkit.cli.options import (
     BackendOption,
     DeviceOption,
@@ -26,6 +25,7 @@ from sdkit.cli.options import (
 )
 from sdkit.cli.output import Watch, destinations, write_pictures
 from sdkit.errors import SDKitError
+from sdkit.model_parts import ModelParts, load_model
 
 if TYPE_CHECKING:
     from sdkit.stable_diffusion import StableDiffusion
@@ -38,7 +38,7 @@ def make_pictures(given: Given) -> None:
     """Load the model, make the pictures, write them."""
     arguments, output = dict(given.arguments), given.output
     paths = destinations(output.out, arguments.pop("num_images_per_prompt"))
-    parts = ModelParts.of(given.model, given.adapters)
+    parts = given.model.parts(given.adapters)
 
     asked, steps = arguments.pop("preview_every"), arguments["num_inference_steps"]
     watch = Watch(
@@ -49,7 +49,7 @@ def make_pictures(given: Given) -> None:
         attention=output.attention_map,
     )
 
-    sd = load_model(parts, given.model.device, given.model.dtype, given.model.backend, given.model.graphs)
+    sd = given.model.load(given.adapters)
     _make(sd, given.task.method, arguments, paths, parts, watch)
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdkit.cli.models import ModelParts, load_model
 from sdkit.cli.options import BackendOption, DeviceOption, DtypeOption, ModelOption
 from sdkit.cli.output import destinations
 from sdkit.errors import ConfigError
+from sdkit.model_parts import ModelParts, load_model
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,4 +1,4 @@
-"""The model of a command: loaded with everything that goes into it, and remembered by pictures."""
+"""A model and the files that are put into it: named, loaded, and remembered by pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkit.adapter_kinds import adapter_kinds
-from sdkit.cli.options import ModelOptions, Precision, file_and_weight, find_dtype
 from sdkit.errors import ConfigError
 from sdkit.files import file_hash
 from sdkit.prompts.emphasis import escaped
@@ -31,13 +30,6 @@ class ModelParts:
     embedding: list[str] = field(default_factory=list[str])
     zero_snr: bool | None = None
     text_encoder: str | None = None
-
-    @classmethod
-    def of(cls, given: ModelOptions, adapters: Mapping[str, list[str]]) -> ModelParts:
-        """The parts that a command's options name."""
-        vae, text_encoder = (None if file is None else str(file) for file in (given.vae, given.text_encoder))
-        embedding = [str(file) for file in given.embedding]
-        return cls(given.model, given.prediction, vae, adapters, embedding, given.zero_snr, text_encoder)
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> ModelParts:
@@ -67,14 +59,17 @@ class ModelParts:
 
 def load_model(
     parts: ModelParts,
-    device: str | None,
-    dtype: Precision | None,
-    backend: str | None,
+    device: str | None = None,
+    dtype: str | None = None,
+    backend: str | None = None,
     graphs: bool | None = None,
 ) -> StableDiffusion:
-    """Load a shipped model, a diffusers folder or a single file, and everything that goes into it."""
+    """Load a shipped model, a diffusers folder or a single file, and everything that goes into it.
+
+    ``dtype`` is the name of one of torch's. Raises CheckpointError and ConfigError as `DiffusionModel.load` does.
+    """
     from sdkit.checkpoints.loading import is_single_file
-    from sdkit.devices import find_device
+    from sdkit.devices import find_device, find_dtype
     from sdkit.stable_diffusion import StableDiffusion
 
     for option, value in (("prediction", parts.prediction), ("zero-snr", parts.zero_snr)):
@@ -99,3 +94,12 @@ def load_model(
         token = sd.load_textual_inversion(file)
         print(f"{file}  in prompts: {', '.join(map(escaped, sd.triggers_of(token)))}")
     return sd
+
+
+def file_and_weight(text: str) -> tuple[str, float]:
+    """FILE:WEIGHT; the weight is 1 when it is left out."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0

@@ -127,19 +127,13 @@ def denoising_sheet(sd: StableDiffusion, prompt: str, columns: int = 8, **option
     """
     steps = int(options.pop("num_inference_steps", 30))
     shown = {round(i * (steps - 1) / (columns - 1)) for i in range(columns)} if columns > 1 else {steps - 1}
-    noisy: dict[int, Tensor] = {}
-
-    def keep(_: Any, step: int, __: float, values: dict[str, Tensor]) -> None:
-        if step in shown:
-            noisy[step] = _decoded(sd, values["latents"][:1].float().cpu())
-
     own: dict[str, Any] = {"progress": False, "num_inference_steps": steps, "preview_every": 1}
-    out = sd.text_to_image(prompt, callback_on_step_end=keep, **(own | options))
-    estimates = {preview.step: preview for preview in out.previews}
-    steps_shown = sorted(noisy.keys() & estimates.keys())
-    images = [to_pil(noisy[k].clamp(-1, 1))[0] for k in steps_shown] + [estimates[k].images[0] for k in steps_shown]
-    labels = [f"after step {k + 1}" for k in steps_shown] + ["the estimate in it"] * len(steps_shown)
-    return _sheet(images, labels, len(steps_shown))
+    out = sd.text_to_image(prompt, **(own | options))
+
+    previews = [preview for preview in out.previews if preview.step in shown]
+    noisy = [to_pil(_decoded(sd, preview.latents[:1].float().cpu()).clamp(-1, 1))[0] for preview in previews]
+    labels = [f"after step {preview.step + 1}" for preview in previews] + ["the estimate in it"] * len(previews)
+    return _sheet([*noisy, *(preview.images[0] for preview in previews)], labels, len(previews))
 
 
 # Latents

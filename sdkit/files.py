@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -81,7 +82,9 @@ def replacing(path: str | os.PathLike[str], error: type[SDKitError] = Checkpoint
 
     temporary = temporary_name(target)
     try:
+        mode = _new_mode(temporary)
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, target)
     except (OSError, RuntimeError) as found:  # torch.save raises RuntimeError where the disk is full
         if isinstance(found, SDKitError):
@@ -90,6 +93,15 @@ def replacing(path: str | os.PathLike[str], error: type[SDKitError] = Checkpoint
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _new_mode(unused: Path) -> int:
+    """The permissions of new files there. Libraries that write for us give their files none for others."""
+    try:
+        unused.touch()
+        return stat.S_IMODE(unused.stat().st_mode)
+    finally:
+        unused.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -137,7 +149,11 @@ def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+        mode = _new_mode(temporary / "mode")
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         if durable:
             _flush(temporary)
 

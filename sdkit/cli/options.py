@@ -217,7 +217,7 @@ def _declared(declared: Option, kind: Any = None) -> Any:
 
 def _types_of_settings() -> dict[str, Any]:
     """The types of `Settings`; those that would need torch count as Any, as no option has them."""
-    heavy = ("Tensor", "Classifier", "Generators", "StepCallback", "PreviewMode")
+    heavy = ("Tensor", "Classifier", "Generators", "StepCallback", "PreviewCallback", "PreviewMode")
     return get_type_hints(Settings, localns=dict.fromkeys(heavy, Any))
 
 

@@ -59,7 +59,7 @@ def generate(request: Request) -> Output:
     if settings.output_type == "pil":
         images = to_pil(images)
         for i, image in enumerate(images):
-            image.info.update(facts_of(request, i, altered=run.altered))
+            image.info.update(facts_of(request, i, altered_by=run.altered_by))
     elif settings.output_type == "pt":
         images = (images / 2 + 0.5).clamp(0, 1)
 
@@ -108,7 +108,7 @@ class Run:
         self.previewer = Previewer(vae, settings.preview_every, settings.preview_mode)
         self.previews: list[Preview] = []
         self.calls = 0  # of the network, so far
-        self.stopped = self.altered = False  # by the callback
+        self.stopped, self.altered_by = False, list[str]()  # by callbacks, whose names these are
 
     # Latents
 
@@ -196,7 +196,7 @@ class Run:
         latents: Tensor,
         x0: Callable[[], Tensor],
     ) -> Tensor | Literal["stop"] | None:
-        """After network call k: put the kept region back, show a preview, ask the callback."""
+        """After network call k: put the kept region back, show a preview, ask the callbacks."""
         self.bar.update()
         step, self.calls = self.calls, self.calls + 1
         new = None if kept is None else kept.put_back(latents, *levels[k])
@@ -205,19 +205,27 @@ class Run:
             shown = x0() if kept is None else kept.put_back(x0(), 1.0, 0.0)
             show = self.previewer.frames
             frames = self.vae_splitter.run(lambda part: show(shown[part], self.graphs), self.request.batch)
-            self.previews.append(Preview(step, t, [frame for part in frames for frame in part]))
+            images = [frame for part in frames for frame in part]
+            self.previews.append(Preview(step, t, images, (latents if new is None else new).clone()))
+            watching = self.request.settings.callback_on_preview
+            if watching is not None and watching(self.previews[-1]) == "stop":
+                self.stopped = True
+                self.altered_by.append("callback_on_preview")
 
         callback = self.request.settings.callback_on_step_end
-        if callback is None:
-            return new
+        if callback is None or self.stopped:
+            return "stop" if self.stopped else new
         seen = latents.clone() if new is None else new  # the callback may keep them, the next call overwrites its own
         answer = callback(self.request.model, step, t, {"latents": seen})
         if isinstance(answer, dict):
-            self.altered |= "latents" in answer
+            if "latents" in answer:
+                self.altered_by.append("callback_on_step_end")
             return answer.get("latents", new)
+        if answer is None:
+            return new
         self.stopped = answer == "stop"
-        self.altered |= answer is not None
-        return new if answer is None else answer
+        self.altered_by.append("callback_on_step_end")
+        return answer
 
     # Pixels
 

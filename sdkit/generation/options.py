@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from sdkit.diffusion_model import DiffusionModel
     from sdkit.generation.noise import Generators, Variation
     from sdkit.sampling.guidance import Classifier, Guidance
-    from sdkit.viewing.previews import PreviewMode
+    from sdkit.viewing.previews import Preview, PreviewMode
 
 StepCallback = Callable[
     ["DiffusionModel", int, float, "dict[str, Tensor]"], "dict[str, Tensor] | Literal['stop'] | None"
 ]
+
+PreviewCallback = Callable[["Preview"], "Literal['stop'] | None"]
 
 Remembered = Literal["always", "if changed", "as used"]
 """Whether a picture's metadata holds an argument: always; unless it has its default; or as the value that came of it:
@@ -214,6 +216,9 @@ class Settings:
     preview_mode: PreviewMode = option(
         "decode", 'Previews by the VAE ("decode") or a linear projection of the latents ("fast").'
     )
+    callback_on_preview: PreviewCallback | None = option(
+        None, 'Called with each `sdkit.viewing.previews.Preview` as it is made; may return "stop".'
+    )
     attention_maps: bool = option(False, "Record where in the picture each word of the prompt was looked at.")
     progress: bool = option(True, "Show a progress bar.", flag="progress", panel="Output")
 
@@ -239,7 +244,7 @@ class Settings:
             if self.classifier is None:
                 unread["guidance_interval"] = f"at guidance_scale {self.guidance_scale:g}"
         if not self.preview_every:
-            unread["preview_mode"] = "without preview_every"
+            unread["preview_mode"] = unread["callback_on_preview"] = "without preview_every"
 
         defaults = {f.name: f.default for f in fields(self)}
         for name, why in unread.items():
@@ -317,6 +322,7 @@ class Options(TypedDict, total=False):
     callback_on_step_end: StepCallback | None
     preview_every: int
     preview_mode: PreviewMode
+    callback_on_preview: PreviewCallback | None
     attention_maps: bool
     progress: bool
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ HELD = ("model", "prediction", "zero_snr", *PARTS)
 """What the metadata holds of `DiffusionModel.made_of`: the options of the command line that make it again."""
 
 
-def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, Any]:
+def facts_of(request: Request, index: int, altered_by: Sequence[str] = ()) -> dict[str, Any]:
     """The facts by which image number ``index`` of a batch was made: arguments of its task by their names, and
 
     task: its method, where that is not text_to_image; model and its parts: what it was loaded from; files: the SHA-256
     of every file that went in; sampler: the one used; dtype; version; adapters: the scale of each that ran without a
     tag, by kind and name; triggers: the words of textual inversions in the prompts; not_held: what went in and no
-    metadata can hold, the callback among it where it ``altered`` the run. Values are plain JSON.
+    metadata can hold, the callbacks among it that the run was ``altered_by``. Values are plain JSON.
     """
     task, settings, noise = request.task, request.settings, request.noise
     facts: dict[str, Any] = {"task": task.name} if task.name != "text_to_image" else {}
@@ -74,7 +74,7 @@ def facts_of(request: Request, index: int, altered: bool = False) -> dict[str, A
     not_held = [name for name, path in paths.items() if path is None]
     not_held += [name for name, value in made_of.items() if name not in HELD or value is None]
     not_held += [name for name in ("prompt_embeds", "negative_prompt_embeds") if getattr(settings, name) is not None]
-    not_held += ["callback_on_step_end"] if altered else []
+    not_held += dict.fromkeys(altered_by)
     more = {"not_held": not_held, "adapters": _adapters(request.model), "triggers": _triggers(request, row)}
     facts |= {name: value for name, value in more.items() if value}
 

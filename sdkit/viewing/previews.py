@@ -26,7 +26,8 @@ class Preview:
 
     step: int  # counted from 0
     timestep: float  # of the network call, in training timesteps
-    images: list[Image.Image]  # one per picture of the batch
+    images: list[Image.Image]  # one per picture of the batch: what the network takes it to be
+    latents: torch.Tensor  # those after the step, still noisy [B, C, h, w], in the noise predictor's scale
 
     @property
     def label(self) -> str:

@@ -1,11 +1,14 @@
-"""Sections of documents: what stands between their marks, and what is put there."""
+"""Files that are written: their permissions, and sections of documents."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sdkit.errors import ConfigError
-from sdkit.files import replace_section, section
+from sdkit.files import new_folder, replace_section, replacing, section
 
 
 def test_a_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
@@ -29,3 +32,19 @@ def test_a_document_without_the_section_is_refused_and_stays(tmp_path: Path, tex
     assert page.read_text() == text
     with pytest.raises(ConfigError, match="once each"):
         section(tmp_path / "none.md", "one")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_of_the_users_own(tmp_path: Path, mask: int, mode: int) -> None:
+    """safetensors gives its files none for others."""
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "one.safetensors") as file:
+            save_file({"a": torch.ones(1)}, file)
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "inner").mkdir()
+            save_file({"a": torch.ones(1)}, folder / "inner" / "two.safetensors")
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 2 and {file.stat().st_mode & 0o777 for file in files} == {mode}

@@ -62,7 +62,7 @@ class FakeStableDiffusion:
             image.info.update({k: v for k, v in arguments.items() if k not in not_held})
             image.info.update({"task": task, "seed": seed, "width": 8})
         steps = range(0, arguments["num_inference_steps"], preview_every) if preview_every else []
-        previews = [Preview(step, 999 - step, images) for step in steps]
+        previews = [Preview(step, 999 - step, images, torch.zeros(1, 4, 8, 8)) for step in steps]
         return types.SimpleNamespace(images=images, seeds=seeds, previews=previews)
 
     text_to_image = partialmethod(_paint, "text_to_image")

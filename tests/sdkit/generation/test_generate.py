@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sdkit.errors import ConfigError
 from sdkit.images.pixels import to_tensor
 from sdkit.prompts.encoding import encode_prompts
 from sdkit.stable_diffusion import StableDiffusion
+from sdkit.viewing.previews import Preview
 from tests.conftest import relative_error
 from tests.sdkit.tiny import SCHEDULE, mask, model, picture, twin
 
@@ -271,9 +273,29 @@ def test_the_second_stage_enlarges_the_latents_and_runs_a_part_of_the_schedule(s
     assert stopped.latents.shape == base.shape and stopped.num_steps_run == 2
 
 
+def test_previews_are_shown_as_they_are_made_and_may_stop_the_run(sd: StableDiffusion) -> None:
+    settings: dict[str, Any] = {**QUICK, "output_type": "pil", "seed": 9, "preview_every": 1, "preview_mode": "fast"}
+    steps: list[Tensor] = []
+    seen: list[Preview] = []
+    out = sd.text_to_image(
+        "a cat",
+        callback_on_preview=seen.append,
+        callback_on_step_end=lambda *call: steps.append(call[3]["latents"]),
+        **settings,
+    )
+    assert [preview.step for preview in seen] == list(range(len(steps))) and seen == out.previews
+    assert all(torch.equal(preview.latents, latents) for preview, latents in zip(seen, steps, strict=True))
+    assert torch.equal(seen[-1].latents, out.latents) and "not_held" not in out.images[0].info
+
+    stopped = sd.text_to_image("a cat", callback_on_preview=lambda p: "stop" if p.step == 1 else None, **settings)
+    assert stopped.num_steps_run == 2 and torch.equal(stopped.latents, steps[1])
+    assert stopped.images[0].info["not_held"] == ["callback_on_preview"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"callback_on_preview": print}, "callback_on_preview"),
         ({"hires_scale": 0.5}, "hires_scale"),
         ({"hires_scale": 2, "hires_strength": 2}, "hires_strength"),
         ({"hires_scale": 2, "hires_steps": 0}, "hires_steps"),

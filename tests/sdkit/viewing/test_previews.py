@@ -117,7 +117,7 @@ def test_film_strip_layout() -> None:
     colours = [(40 * i + 10, 200, 90) for i in range(5)]
     frames = [Image.new("RGB", (16, 16), c) for c in colours]
     final = Image.new("RGB", (64, 64), (250, 5, 5))
-    labels = [Preview(i, 999.0 - i, []).label for i in range(5)]
+    labels = [Preview(i, 999.0 - i, [], torch.empty(0)).label for i in range(5)]
     assert labels[1] == "t = 998"
     strip = film_strip(frames, labels, final)
     pixels = np.asarray(strip).reshape(-1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdkit.errors import ConfigError
@@ -17,10 +18,8 @@ def test_trajectory_shows_the_previews_in_order_below_the_plan() -> None:
     plan = make_plan("ddim", NoiseSchedule(), 12)
     colours = [(20 * k + 10, 230 - 20 * k, 77) for k in range(12)]
     other = (90, 5, 190)
-    previews = [
-        Preview(k, float(plan.timesteps[k]), [Image.new("RGB", (8, 8), other), Image.new("RGB", (8, 8), colours[k])])
-        for k in range(12)
-    ]
+    pairs = [[Image.new("RGB", (8, 8), color) for color in (other, own)] for own in colours]
+    previews = [Preview(k, float(plan.timesteps[k]), pair, torch.empty(0)) for k, pair in enumerate(pairs)]
     final = Image.new("RGB", (8, 8), (250, 5, 5))
 
     def columns(figure: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:

@@ -199,7 +199,7 @@ def main(
     init: Annotated[Path | None, typer.Option(help="A probe's weights to go on from; else from nothing.")] = None,
     scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures, a multiple of 64.", min=64)] = SIZE,
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 12_800,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.", min=1)] = 5_600,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
 ) -> None:
     """Train the probe; a killed run goes on where it stopped."""
@@ -215,7 +215,7 @@ def main(
     def batches(step: int) -> tuple[Tensor, Scenes]:
         return draw_batch(pictures, extra, held_out, step)
 
-    recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, decay_from=0.3)
+    recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, decay_from=0.3, optimizer="muon")
     train_on_the_cpu(ProbeLoss(probe), batches, recipe, work / "probe", every_nth)
     if not is_main_process():
         return

@@ -28,6 +28,7 @@ FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("generation",),
         ("stable_diffusion",),
         ("figures", "model_parts"),
+        ("ui",),
         ("__init__", "cli"),
         ("__main__",),
     ),

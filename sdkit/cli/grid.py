@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -16,20 +15,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdkit.adapter_kinds import adapter_kinds
-from sdkit.cli.options import Given, ModelOptions, argument_names, picture_command
+from sdkit.cli.options import Given, ModelOptions, picture_command
 from sdkit.cli.output import destinations
 from sdkit.errors import ConfigError
-from sdkit.generation.options import TASKS
+from sdkit.generation.axes import PROMPT, SIDE, Axis, grid_sheet, read_axes
+from sdkit.generation.options import TASKS, argument_names
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from sdkit.stable_diffusion import StableDiffusion
 
-MOST_AXES = 3
-SIDE = 128  # pixels that a picture has on the sheet, at least
-RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
-PROMPT = "prompt"
 Vary = Annotated[
     list[str],
     typer.Option(
@@ -38,18 +34,6 @@ Vary = Annotated[
         rich_help_panel="Output",
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An option, as the command line has it, and the values that it takes, as they were written."""
-
-    option: str
-    values: tuple[str, ...]
-
-    @property
-    def labels(self) -> list[str]:
-        return [value if self.option == PROMPT else f"{self.option} {value}" for value in self.values]
 
 
 def grid_command() -> Callable[..., None]:
@@ -92,8 +76,6 @@ def _axes(given: Given, vary: Sequence[str]) -> tuple[list[Axis], Given]:
         raise ConfigError("--vary: expected OPTION=VALUE,… or --num above 1, found neither")
     if vary and num != 1:
         raise ConfigError(f"--num: not beside --vary; --vary seed=1..{num} draws as many")
-    if len(vary) > MOST_AXES:
-        raise ConfigError(f"--vary: expected at most {MOST_AXES} of them, found {len(vary)}")
     for option in ("strip", "attention_map"):
         if getattr(given.output, option):
             raise ConfigError(f"--{option.replace('_', '-')}: sdkit grid has no use for it")
@@ -103,23 +85,7 @@ def _axes(given: Given, vary: Sequence[str]) -> tuple[list[Axis], Given]:
     if given.arguments.get("seed") is None:  # one for all cells
         given = replace(given, arguments=given.arguments | {"seed": secrets.randbelow(2**31)})
     first = given.arguments["seed"]
-    axes = [_axis(text) for text in vary] or [Axis("seed", tuple(str(first + k) for k in range(num)))]
-    options = [axis.option for axis in axes]
-    if len(set(options)) < len(options):
-        raise ConfigError(f"--vary: expected each option once, found {', '.join(options)}")
-    return axes, given
-
-
-def _axis(text: str) -> Axis:
-    option, equals, values = text.partition("=")
-    option = option.strip().removeprefix("--")
-    if not equals or not values:
-        raise ConfigError(f"--vary: expected OPTION=VALUE,VALUE,…, found {text!r}")
-    if (found := RANGE.fullmatch(values)) is not None:
-        first, last = map(int, found.groups())
-        step = 1 if last >= first else -1
-        return Axis(option, tuple(map(str, range(first, last + step, step))))
-    return Axis(option, tuple(value.strip() for value in values.split(";" if ";" in values else ",")))
+    return read_axes(vary, "--vary") or [Axis("seed", tuple(str(first + k) for k in range(num)))], given
 
 
 def _cell(given: Given, axes: Sequence[Axis], place: Sequence[int]) -> Given:
@@ -132,10 +98,7 @@ def _cell(given: Given, axes: Sequence[Axis], place: Sequence[int]) -> Given:
 def _with(given: Given, axis: Axis, value: str) -> Given:
     """What is given, with another value of one option, read as the command line reads it."""
     if axis.option == PROMPT:
-        word, prompt = axis.values[0], given.arguments[PROMPT]
-        if word not in prompt:
-            raise ConfigError(f"--vary prompt: expected its first value in the prompt, found {word!r} in {prompt!r}")
-        return replace(given, arguments=given.arguments | {PROMPT: prompt.replace(word, value)})
+        return replace(given, arguments=given.arguments | {PROMPT: axis.in_prompt(given.arguments[PROMPT], value)})
 
     name = axis.option.replace("-", "_")
     names, kinds = argument_names(given.task), [kind.name for kind in adapter_kinds()]
@@ -185,26 +148,15 @@ def _by_model(
 def _write(
     drawn: dict[tuple[int, ...], Image.Image], axes: Sequence[Axis], path: Path, given: Given, vary: Sequence[str]
 ) -> None:
-    """The sheet of what there is so far: the first axis to the right, the second down, the third as sheets below."""
+    """The sheet of what there is so far."""
     from sdkit.generation.png import write_png
-    from sdkit.images.sheet import contact_sheet, enlarged, labelled_grid, stacked
+    from sdkit.images.sheet import contact_sheet, enlarged
 
-    images = {place: enlarged(image, SIDE) for place, image in drawn.items()}
-    if not vary:
-        places = sorted(images)
-        labels = [axes[0].labels[place[0]] for place in places]
-        sheet = contact_sheet([images[place] for place in places], round(len(axes[0].values) ** 0.5), labels)
+    if vary:
+        sheet = grid_sheet(drawn, axes)
     else:
-        columns, rows, sheets = (axes[k].labels if k < len(axes) else [""] for k in range(MOST_AXES))
-        parts: list[Image.Image] = []
-        for s, title in enumerate(sheets):
-            own = {(_at(p, 1), p[0]): image for p, image in images.items() if _at(p, 2) == s}
-            if own:
-                parts.append(labelled_grid(own, columns, [f"{title} {row}".strip() for row in rows]))
-        sheet = stacked(parts)
+        places = sorted(drawn)
+        images, labels = [enlarged(drawn[place], SIDE) for place in places], [axes[0].labels[p[0]] for p in places]
+        sheet = contact_sheet(images, round(len(axes[0].values) ** 0.5), labels)
     said = {name: given.arguments[name] for name in (PROMPT, "seed")}
     write_png(sheet, path, said | {"vary": list(vary), "model": given.model.model})
-
-
-def _at(place: tuple[int, ...], axis: int) -> int:
-    return place[axis] if axis < len(place) else 0

@@ -19,6 +19,7 @@ from sdkit.cli.grid import grid_command
 from sdkit.cli.options import picture_command, with_adapters
 from sdkit.cli.pictures import make_pictures, reproduce
 from sdkit.cli.show import show
+from sdkit.cli.ui import ui
 from sdkit.errors import SDKitError, file_problem
 from sdkit.generation.options import TASKS
 from sdkit.version import __version__
@@ -52,7 +53,7 @@ def make_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for task in TASKS.values():
         app.command()(picture_command(task, make_pictures))
-    for command in (grid_command(), with_adapters(reproduce), show, convert, inspect):
+    for command in (grid_command(), with_adapters(reproduce), show, ui, convert, inspect):
         app.command()(command)
     return app
 

@@ -19,8 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 import typer
 
 from sdkit.adapter_kinds import adapter_kinds
-from sdkit.errors import ConfigError
-from sdkit.generation.options import Option, Settings, TaskKind, declarations
+from sdkit.generation.options import (
+    Option,
+    Settings,
+    TaskKind,
+    argument_names,
+    declarations,
+    python_name,
+    read_interval,
+)
 from sdkit.model_parts import ModelParts, load_model
 
 if TYPE_CHECKING:
@@ -118,14 +125,6 @@ class Given:
     output: OutputOptions
 
 
-def argument_names(task: TaskKind) -> dict[str, str]:
-    """Of the options of a task's command, as Python has them, the arguments of the task's method that they are."""
-    names = {"prompt": "prompt", "negative": "negative_prompt"}
-    names |= {_python_name(argument.option): argument.name for argument in task.arguments}
-    flagged = {name: declared for name, declared in declarations(Settings).items() if declared.flag is not None}
-    return names | {_python_name(declared): name for name, declared in flagged.items()}
-
-
 def picture_command(
     task: TaskKind, run: Callable[..., None], more: Mapping[str, inspect.Parameter] = {}
 ) -> Callable[..., None]:
@@ -137,7 +136,7 @@ def picture_command(
     parameters: dict[str, inspect.Parameter] = {"prompt": _parameter("prompt", PromptArgument, inspect.Parameter.empty)}
 
     for argument in task.arguments:
-        flag = _python_name(argument.option)
+        flag = python_name(argument.option)
         kind = _file_type(argument.type) if argument.is_file else argument.type
         default = inspect.Parameter.empty if argument.is_required else argument.default
         parameters[flag] = _parameter(flag, Annotated[kind, _declared(argument.option, kind)], default)
@@ -146,7 +145,7 @@ def picture_command(
     types, defaults = _types_of_settings(), {f.name: f.default for f in fields(Settings)}
     for name, declared in declarations(Settings).items():
         if declared.flag is not None:
-            flag = _python_name(declared)
+            flag = python_name(declared)
             annotation = Annotated[_command_line_type(types[name]), _declared(declared, types[name])]
             parameters[flag] = _parameter(flag, annotation, defaults[name])
 
@@ -163,7 +162,8 @@ def picture_command(
         output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions)})
         adapters = {kind.name: list(values.pop(kind.name)) for kind in adapter_kinds()}
         arguments = {names[flag]: _plain(value) for flag, value in values.items()}
-        arguments["guidance_interval"] = _interval(arguments["guidance_interval"])
+        if arguments["guidance_interval"] is not None:
+            arguments["guidance_interval"] = read_interval(arguments["guidance_interval"])
         run(Given(task, _without_defaults(task, arguments), model, adapters, output), **others)
 
     command.__name__, command.__doc__ = task.command, task.help
@@ -196,11 +196,6 @@ def _adapter_parameters() -> dict[str, inspect.Parameter]:
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _python_name(declared: Option) -> str:
-    """The parameter that typer makes ``--FLAG`` of."""
-    return (declared.flag or "").replace("-", "_")
 
 
 def _declared(declared: Option, kind: Any = None) -> Any:
@@ -242,14 +237,3 @@ def _without_defaults(task: TaskKind, arguments: dict[str, Any]) -> dict[str, An
     """The arguments less those of the task that are None: the method has its own default for them."""
     own = {argument.name for argument in task.arguments}
     return {name: value for name, value in arguments.items() if name not in own or value is not None}
-
-
-def _interval(text: str | None) -> tuple[float, float] | None:
-    """LOW:HIGH; HIGH left out is infinity."""
-    if text is None:
-        return None
-    low, _, high = text.partition(":")
-    try:
-        return float(low or 0), float(high) if high else math.inf
-    except ValueError:
-        raise ConfigError(f"--interval: expected LOW:HIGH, two noise levels, found {text!r}") from None

@@ -66,13 +66,13 @@ def write_pictures(
 ) -> None:
     """Write each picture with its metadata, and beside it what ``watch`` asks for; print the names."""
     from sdkit.generation.png import write_png
+    from sdkit.generation.provenance import with_parts
     from sdkit.viewing.attention_sheet import attention_sheet
     from sdkit.viewing.previews import film_strip
 
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     for index, (path, image, seed) in enumerate(zip(paths, result.images, result.seeds, strict=True)):
-        files = image.info.get("files", {}) | made_with.get("files", {})
-        facts = image.info | made_with | ({"files": files} if files else {})
+        facts = with_parts(image.info, made_with)
         write_png(image, path, facts)
         print(f"{path}  seed {seed}  {seconds / len(paths):.1f} s")
 

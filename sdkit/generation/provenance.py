@@ -81,6 +81,12 @@ def facts_of(request: Request, index: int, altered_by: Sequence[str] = ()) -> di
     return facts | {"dtype": str(request.model.dtype).removeprefix("torch."), "version": __version__}
 
 
+def with_parts(facts: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a picture, and those of the model's parts that it was made with, `sdkit.model_parts.ModelParts`."""
+    files = facts.get("files", {}) | parts.get("files", {})
+    return {**facts, **parts} | ({"files": files} if files else {})
+
+
 def _known_hash(path: str) -> str:
     """`file_hash`, once for all pictures as long as the file stays as it is."""
     try:

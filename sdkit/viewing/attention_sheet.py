@@ -50,7 +50,7 @@ def attention_sheet(
 
     factor = max(1, -(-min_side // min(image.size)))
     picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-    panels = [_overlay(picture, h, *limits) for h, limits in zip(heat, ranges, strict=True)]
+    panels = [overlay(picture, h, *limits) for h, limits in zip(heat, ranges, strict=True)]
     captions = [f"{word} ({100 * h.min():.1f} to {100 * h.max():.1f} %)" for word, h in zip(shown, heat, strict=True)]
     note = "colours over each word's own range" if scale == "word" else "colours over one range for all words"
 
@@ -66,7 +66,7 @@ def _telling_words(words: Sequence[Word]) -> list[str]:
     return [t for t in texts if t not in FUNCTION_WORDS and any(c.isalnum() for c in t)][:MOST_PANELS]
 
 
-def _overlay(picture: Image.Image, heat: np.ndarray, low: float, high: float) -> Image.Image:
+def overlay(picture: Image.Image, heat: np.ndarray, low: float, high: float) -> Image.Image:
     """The map [H, W] in colours over the greyed picture: dark at ``low``, bright at ``high``."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

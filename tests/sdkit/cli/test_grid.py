@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdkit.cli.grid import SIDE
+from sdkit.generation.axes import SIDE
 from sdkit.generation.png import read_parameters
 from sdkit.images.sheet import PAPER, labelled_grid
 from tests.sdkit.cli.conftest import FakeStableDiffusion, Run
@@ -40,7 +40,7 @@ def test_words_of_the_prompt_are_replaced(run: Run, fake: Fake) -> None:
     shown = [c["prompt"] for c in fake.calls]
     assert shown == ["a red cube, red light", "a blue cube, blue light", "a dark green cube, dark green light"]
     for prompt in ("a cube", "a blue cube"):  # where only another value stands nothing would be replaced
-        assert "expected its first value in the prompt" in run("grid", prompt, "--vary", "prompt=red,blue")[2]
+        assert "expected the first value of the axis in it" in run("grid", prompt, "--vary", "prompt=red,blue")[2]
 
 
 def test_semicolons_leave_commas_alone(run: Run, fake: Fake) -> None:

@@ -14,17 +14,19 @@ from PIL import Image
 from sdkit.errors import SDKitError, file_problem
 from sdkit.sampling.samplers import SAMPLERS
 from sdkit.ui.fields import NETWORK, NOT_REMEMBERED, STRENGTH, TASK_NAMES, defaults, fill_fields, read_fields
+from sdkit.ui.inline import img
 from sdkit.ui.studio import LIMITS, Asked, Drawn, Frame, Stopped, Studio
 from sdkit.ui.words import CSS, words_html
 
 LONGEST = 2000  # characters of a text
-WAITING = 16  # runs that may wait
+WAITING = 16  # runs that may wait for each other
 LARGEST_FILE = "20mb"
 OWN = "the model's own"
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal"}
+LONG: dict[str, Any] = {"concurrency_limit": WAITING, "show_progress": "minimal"}  # the studio makes one at a time
 KEEP = gr.skip()
 ENLARGED = """
-#picture img, #noisy img, #estimate img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.sd-frame img { width: 100%; max-height: 240px; object-fit: contain; image-rendering: pixelated; }
 #sheet img { max-width: 100%; }
 """
 
@@ -137,16 +139,21 @@ class Page:
     # What came of it
 
     def _lay_out_result(self) -> None:
-        def shown(label: str, name: str, **more: Any) -> gr.Image:
-            return gr.Image(label=label, format="png", interactive=False, elem_id=name, **more)
-
-        self.picture = shown("Picture", "picture", height=420, buttons=["download", "fullscreen"])
+        self.picture = gr.Image(
+            label="Picture",
+            format="png",
+            height=420,
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_id="picture",
+        )
         self.said = gr.Markdown("", elem_id="said")
         with gr.Accordion("The way there", open=True):
             self.step = gr.Slider(1, 2, 1, step=1, label="Step", elem_id="step", interactive=True)
             with gr.Row():
-                self.noisy = shown("Noisy latents", "noisy", min_width=120, height=220, buttons=[])
-                self.estimate = shown("The estimate", "estimate", min_width=120, height=220, buttons=[])
+                view: dict[str, Any] = {"show_label": True, "container": True, "elem_classes": ["sd-frame"]}
+                self.noisy = gr.HTML("", label="Noisy latents", min_width=120, elem_id="noisy", **view)
+                self.estimate = gr.HTML("", label="The estimate in them", min_width=120, elem_id="estimate", **view)
         with gr.Accordion("Which word looks where", open=True):
             self.attention = gr.Checkbox(True, label="Record attention", elem_id="attention")
             self.words = gr.HTML("", elem_id="words")
@@ -177,17 +184,15 @@ class Page:
     def _connect(self) -> None:
         fields = list(self.fields.values())
         views = [self.noisy, self.estimate]
-        drawing = gr.on(
+        gr.on(
             [self.draw.click, self.fields["prompt"].submit],  # type: ignore[attr-defined]  # a Textbox
             self.on_draw,
             [self.attention, self.files, *fields],
             [self.picture, self.said, *views, self.frames, self.step, self.words, self.files, self.gallery],
-            **ONE_AT_A_TIME,
+            **LONG,
         )
-        gridding = self.draw_grid.click(
-            self.on_grid, [self.columns, self.rows, *fields], [self.sheet, self.said], **ONE_AT_A_TIME
-        )
-        self.stop.click(self.on_stop, outputs=[self.said], cancels=[drawing, gridding], queue=False)
+        self.draw_grid.click(self.on_grid, [self.columns, self.rows, *fields], [self.sheet, self.said], **LONG)
+        self.stop.click(self.on_stop, queue=False)
 
         self.step.input(self.on_step, [self.frames, self.step], [*views, self.step], show_progress="hidden")
         task, strength = self.fields["task"], self.fields["strength"]
@@ -211,7 +216,7 @@ class Page:
                     yield self._result(event, frames, files)
                     return
                 frames.append(event)
-                yield event.estimate, event.label, event.noisy, event.estimate, *[KEEP] * 5
+                yield event.estimate, event.label, *_views(event), *[KEEP] * 5
         except Stopped:
             yield KEEP, "Stopped.", KEEP, KEEP, frames, _last_step(frames), *[KEEP] * 3
         except Exception as error:
@@ -222,7 +227,7 @@ class Page:
         output, maps = drawn.output, drawn.output.attention_maps
         said = [f"{output!r}, {drawn.seconds:.1f} s", *(f"**{text}**" for text in drawn.warnings)]
         words = "" if maps is None else words_html(output.images[0], maps)
-        views = (frames[-1].noisy, frames[-1].estimate) if frames else (None, None)
+        views = _views(frames[-1]) if frames else ("", "")
         own = [str(file) for file in drawn.files]
         return own[0], "  \n".join(said), *views, frames, _last_step(frames), words, own + files, own + files
 
@@ -240,19 +245,18 @@ class Page:
         except Exception as error:
             raise gr.Error(_explained(error), duration=None) from None
 
-    def on_stop(self, request: gr.Request) -> str:
-        """Stop this tab's run; one that waits does not begin."""
+    def on_stop(self, request: gr.Request) -> None:
+        """Stop this tab's run, which then says so; one that waits does not begin."""
         stop = self._stops.pop(str(request.session_hash), None)
         if stop is not None:
             stop.set()
-        return "Stopped."
 
     def on_step(self, frames: list[Frame], step: float) -> tuple[Any, ...]:
         """Both views of a step, and its name."""
         if not frames:
             return KEEP, KEEP, KEEP
         frame = frames[min(int(step), len(frames)) - 1]
-        return frame.noisy, frame.estimate, gr.update(label=f"Step: {frame.label}")
+        return *_views(frame), gr.update(label=f"Step: {frame.label}")
 
     def on_take(self, files: list[str]) -> dict[str, Any]:
         """The last picture, in the editor."""
@@ -278,6 +282,11 @@ class Page:
     def _new_stop(self, request: gr.Request) -> threading.Event:
         self._stops[str(request.session_hash)] = stop = threading.Event()
         return stop
+
+
+def _views(frame: Frame) -> tuple[str, str]:
+    """Noisy latents and estimate, as HTML."""
+    return img(frame.noisy, f"noisy latents {frame.label}"), img(frame.estimate, f"the estimate {frame.label}")
 
 
 def _last_step(frames: list[Frame]) -> Any:

@@ -6,7 +6,8 @@ import hashlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import product
@@ -144,9 +145,7 @@ class Studio:
             show(preview)
             return "stop" if ended() else None
 
-        with self._busy:
-            if ended():
-                raise Stopped
+        with self._turn(ended):
             started = time.perf_counter()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -156,6 +155,19 @@ class Studio:
             seconds = time.perf_counter() - started
             said = [str(warning.message) for warning in caught]
             return Drawn(self._write(asked, output), output, seconds, list(dict.fromkeys(said)))
+
+    @contextmanager
+    def _turn(self, ended: Callable[[], bool]) -> Generator[None]:
+        """Wait until no other picture is made, or raise Stopped."""
+        while not self._busy.acquire(timeout=0.05):
+            if ended():
+                raise Stopped
+        try:
+            if ended():
+                raise Stopped
+            yield
+        finally:
+            self._busy.release()
 
     def _run(self, asked: Asked, **more: Any) -> Output:
         """The task, with the networks that are asked for and no others."""

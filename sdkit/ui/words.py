@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
-from io import BytesIO
 
 from PIL import Image
 
+from sdkit.ui.inline import img
 from sdkit.viewing.attention_maps import AttentionMaps
 from sdkit.viewing.attention_sheet import overlay
 
@@ -36,13 +35,6 @@ def words_html(picture: Image.Image, maps: AttentionMaps, index: int = 0) -> str
         heat = maps.values[index, list(word.positions)].mean(0).float().numpy()
         low, high = float(heat.min()), float(heat.max())
         said = f"{word.text}: {100 * low:.1f} to {100 * high:.1f} % of the attention of each place"
-        image = _img(overlay(shown, heat, low, high), said)
+        image = img(overlay(shown, heat, low, high), said, "JPEG")
         words.append(f'<span class="sd-word" tabindex="0" title="{escape(said)}">{escape(word.text)}{image}</span>')
-    return f'<div class="sd-words">{_img(shown, "the picture")}<p>{" ".join(words)}</p></div>'
-
-
-def _img(image: Image.Image, alt: str) -> str:
-    buffer = BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escape(alt)}">'
+    return f'<div class="sd-words">{img(shown, "the picture", "JPEG")}<p>{" ".join(words)}</p></div>'

@@ -24,13 +24,15 @@ def subject() -> Subject:
 
 
 def test_the_page_has_every_lesson_its_command_its_figure_and_what_it_measured() -> None:
+    trained = {"decoder": "compare_decoder", "lora": "compare", "hypernetwork": "compare hypernetwork"}
     page = PAGE.read_text()
-    assert re.findall(r"<!-- /(\w+) -->", page) == re.findall(
-        r"^    python -m docs\.lessons (\w+)$", page, re.MULTILINE
-    )
-    assert set(LESSONS) == set(re.findall(r"<!-- /(\w+) -->", page)) == {file.stem for file in FOLDER.glob("*.png")}
-    for name in LESSONS:
-        assert f"](lessons/{name}.png)" in page and re.search(r"\d", section(PAGE, name))
+    for number, part in enumerate(re.split(r"^## ", page, flags=re.MULTILINE)[1:], start=1):
+        (name,) = re.findall(r"<!-- /(\w+) -->", part)
+        command = f"finetune.pretrain.{trained[name]}" if name in trained else f"docs.lessons {name}"
+        assert part.startswith(f"{number}. ") and f"\n\n    python -m {command}\n\n![" in part
+        assert (f"](lessons/{name}.png)" in part) == (name in LESSONS) and re.search(r"\d", section(PAGE, name))
+    assert {*LESSONS, *trained} == set(re.findall(r"<!-- /(\w+) -->", page))
+    assert LESSONS.keys() == {file.stem for file in FOLDER.glob("*.png")}
 
 
 def test_correlation_of_noised_latents_follows_the_formula(subject: Subject) -> None:

@@ -4,7 +4,7 @@ Each way is its training script, run as a user would run it, on the same 24 pict
 Beside them stand pictures that the base drew from its own captions, so that it does not forget them. After every part
 of a run `concept_probe` counts how many of 100 unseen prompts show the concept, and what has become of the base's
 own. All figures lie in compare.json, from which the table, the curves and the pictures in finetune/README.md are
-made.
+made, and two sections of docs/latent-diffusion.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sdkit.stable_diffusion import StableDiffusion
 
 RESULTS = Path(__file__).with_suffix(".json")
 DOCS = Path("docs")
-SECTION = "comparison"
+SECTION, LORA, HYPERNETWORK = "comparison", "lora", "hypernetwork"
 PICTURES, PRIOR = 24, 400
 STEPS, PARTS = 1600, 4
 GUIDANCE, SAMPLING_STEPS, SAMPLER, SEED = 3.5, 20, "dpmpp_2m", 20_000
@@ -217,14 +217,17 @@ def learning_curves(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def table(results: Sequence[Result]) -> str:
-    """A row for each way after its last step; where there are several seeds, from the lowest to the highest."""
+def table(results: Sequence[Result], only: str = "") -> str:
+    """A row for each way after its last step; where there are several seeds, from the lowest to the highest.
+
+    only: the base, and the ways whose names begin so.
+    """
     lines = [
         "| way | concept, % | in its colour, % | base's own prompts, % | file | minutes | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     last = max(r.step for r in results)
-    for name in (BASE, *(way.name for way in WAYS)):
+    for name in (BASE, *(way.name for way in WAYS if way.name.startswith(only))):
         runs = [r for r in results if r.way == name and r.step in (0, last)]
         if not runs:
             continue
@@ -262,9 +265,12 @@ def sheet(work: Path) -> Image.Image:
     return contact_sheet(pictures, len(SHOWN), texts)
 
 
-def write_readme() -> None:
-    """Put the table into finetune/README.md."""
-    replace_section(Path(finetune.__file__).parent / "README.md", SECTION, table(read_results()))
+def write_tables() -> None:
+    """Put the table into finetune/README.md, and the rows of LoRA and of hypernetworks into the page."""
+    results, page = read_results(), DOCS / "latent-diffusion.md"
+    replace_section(Path(finetune.__file__).parent / "README.md", SECTION, table(results))
+    replace_section(page, LORA, table(results, "LoRA"))
+    replace_section(page, HYPERNETWORK, table(results, "hypernetwork"))
 
 
 def main(
@@ -299,7 +305,7 @@ def main(
                 print(result, flush=True)
                 keep(result)
 
-    write_readme()
+    write_tables()
     learning_curves(read_results()).savefig(DOCS / "learning.png", dpi=100)
     sheet(work).save(DOCS / "concept.png", optimize=True)
 

@@ -3,7 +3,7 @@
 Two cases that the VAE has never seen: a new surface (striped zorbs), and real photographs, cut from the two that come
 with scikit-learn (by danielbuechele and vultilion on Flickr, CC BY 2.0). What is measured was not trained on: other
 renders, and the right part of each photograph. The figures lie in compare_decoder.json, from which the table in
-finetune/README.md is made; the picture is docs/decoder.png.
+finetune/README.md and docs/latent-diffusion.md is made; the picture is docs/decoder.png.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def main(work: Annotated[Path, typer.Option(help="Pictures and runs.")] = Path("
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     print(table(results))
     sheet(rows).save("docs/decoder.png", optimize=True)
-    replace_section(Path(finetune.__file__).parent / "README.md", SECTION, table(results))
+    for document in (Path(finetune.__file__).parent / "README.md", Path("docs/latent-diffusion.md")):
+        replace_section(document, SECTION, table(results))
 
 
 if __name__ == "__main__":

@@ -76,9 +76,12 @@ def test_every_way_runs_and_changes_the_pictures(way: Way, tmp_path: Path):
     assert not torch.equal(drawn(compare.taught(way, folder)), drawn(StableDiffusion.from_pretrained("tabletop")))
 
 
-def test_the_readme_is_what_the_results_make():
+def test_the_documents_are_what_the_results_make():
     """No figure stands there without a run."""
-    assert section(Path(finetune.__file__).parent / "README.md", compare.SECTION) == table(compare.read_results())
+    rows, page = compare.read_results(), compare.DOCS / "latent-diffusion.md"
+    assert section(Path(finetune.__file__).parent / "README.md", compare.SECTION) == table(rows)
+    assert section(page, compare.LORA) == table(rows, "LoRA") and section(page, compare.LORA).count("LoRA, rank") == 4
+    assert section(page, compare.HYPERNETWORK) == table(rows, "hypernetwork")
 
 
 def test_the_lora_that_is_on_record_meets_its_bars():
@@ -111,8 +114,8 @@ def test_a_lora_teaches_the_concept_and_keeps_the_rest(tmp_path: Path):
 
 def test_the_decoders_table_is_what_the_results_make_and_meets_its_bars():
     results = json.loads(compare_decoder.RESULTS.read_text())
-    shown = section(Path(finetune.__file__).parent / "README.md", compare_decoder.SECTION)
-    assert shown == compare_decoder.table(results)
+    for document in (Path(finetune.__file__).parent / "README.md", compare.DOCS / "latent-diffusion.md"):
+        assert section(document, compare_decoder.SECTION) == compare_decoder.table(results)
     striped, photographs = results["striped"], results["photographs"]
     assert striped["PSNR after"] >= striped["PSNR before"] + 1.5
     assert all(photographs[f"{kind} after"] > photographs[f"{kind} before"] for kind in ("PSNR", "SSIM"))

@@ -24,6 +24,28 @@ from sdkit.errors import SDKitError, file_problem
 from sdkit.generation.options import TASKS
 from sdkit.version import __version__
 
+EXAMPLES = {
+    "txt2img": (
+        '"a red cube and a blue sphere" --seed 3 --num 4 --out pictures/',
+        '"a portrait" --model v1-5-pruned.safetensors --sampler dpmpp_2m --sigmas karras --steps 20',
+        '"a star" --lora stars.safetensors:0.8 --strip --attention-map',
+    ),
+    "img2img": ('"a cyan sphere" --image input.png --strength 0.5',),
+    "inpaint": ('"an orange cylinder" --image input.png --mask mask.png --mask-blur 2',),
+    "depth2img": ('"a marble statue" --model stable-diffusion-2-depth --image photo.png --strength 0.8',),
+    "grid": (
+        '"a red cube" --vary guidance=1,4,7.5 --vary seed=1..4',
+        '"a red cube" --vary prompt=red,green --vary sampler=ddim,dpmpp_2m --seed 3',
+        '"a red cube" --num 9',
+    ),
+    "reproduce": ("picture.png again.png", "photo.png again.png --model v1-5-pruned.safetensors"),
+    "show": ("forward --image input.png", 'guidance --prompt "a blue cube" --out scales.png'),
+    "ui": ("", "--model v1-5-pruned.safetensors --networks my-loras/"),
+    "convert": ("v1-5-pruned.safetensors folder/", "stars.safetensors kohya.safetensors --format kohya"),
+    "inspect": ("v1-5-pruned.safetensors", "stars.safetensors"),
+}
+"""Of each command: what may stand behind it."""
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (``sys.argv`` by default) and exit: 0, 1 error, 2 wrong usage, 130 interrupted."""
@@ -51,11 +73,15 @@ def make_app() -> typer.Typer:
     )
 
     app.callback(invoke_without_command=True)(_root)
-    for task in TASKS.values():
-        app.command()(picture_command(task, make_pictures))
-    for command in (grid_command(), with_adapters(reproduce), show, ui, convert, inspect):
-        app.command()(command)
+    commands = [picture_command(task, make_pictures) for task in TASKS.values()]
+    for command in (*commands, grid_command(), with_adapters(reproduce), show, ui, convert, inspect):
+        app.command(epilog=_examples(command.__name__))(command)
     return app
+
+
+def _examples(command: str) -> str:
+    """What stands below the help of a command, a paragraph for each."""
+    return "\n\n".join(f"sdkit {command} {arguments}".strip() for arguments in EXAMPLES[command])
 
 
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:

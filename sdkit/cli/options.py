@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 import typer
 
 from sdkit.adapter_kinds import adapter_kinds
+from sdkit.checks import SEEDS
 from sdkit.generation.options import (
     Option,
     Settings,
@@ -44,31 +45,41 @@ def _option(help: str, panel: str | None = None, *flags: str, **more: Any) -> An
     return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
-ModelOption = Annotated[str, _option("A model that ships with sdkit, a diffusers folder or a single file.", "Model")]
-DeviceOption = Annotated[str | None, _option("cpu, cuda, cuda:1, … (default: the GPU if there is one)", "Model")]
-DtypeOption = Annotated[Precision | None, _option("Precision of the networks.", "Model")]
-BackendOption = Annotated[str | None, _option("Kernels: auto, triton or eager.", "Model")]
+ModelOption = Annotated[
+    str, _option("A model that ships with sdkit, a diffusers folder or a single file.", metavar="MODEL")
+]
+DeviceOption = Annotated[
+    str | None, _option("cpu, cuda, cuda:1, … (default: the GPU if there is one)", "Model", metavar="NAME")
+]
+DtypeOption = Annotated[
+    Precision | None, _option("Precision of the networks: float32, float16 or bfloat16.", "Model", metavar="NAME")
+]
+BackendOption = Annotated[str | None, _option("Kernels: auto, triton or eager.", "Model", metavar="NAME")]
 GraphsOption = Annotated[
     bool | None,
     _option("Record a step's launches once, in a CUDA graph (default: on a GPU).", "Model", "--graphs/--no-graphs"),
 ]
 PredictionOption = Annotated[
     str | None,
-    _option("What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample.", "Model"),
+    _option(
+        "What a single file's UNet predicts: epsilon, v_prediction (SD2's default) or sample.", "Model", metavar="KIND"
+    ),
 ]
 ZeroSnrOption = Annotated[
     bool | None,
     _option("Whether a single file's noise schedule ends at zero SNR.", "Model", "--zero-snr/--no-zero-snr"),
 ]
 TextEncoderOption = Annotated[
-    Path | None, _option("Another text encoder: a file, a folder, or that of a whole model.", "Model")
+    Path | None, _option("Another text encoder: a file, a folder, or that of a whole model.", "Model", metavar="FILE")
 ]
 ProgressOption = Annotated[bool, _option("Show a progress bar.", "Output")]
 PromptArgument = Annotated[str, typer.Argument(help="What the picture shows.")]
-NegativeOption = Annotated[str | None, _option("What the picture must not show.")]
-VaeOption = Annotated[Path | None, _option("Another VAE: a file, a folder, or that of a whole model.", "Model")]
-EmbeddingOption = Annotated[list[Path], _option("A textual inversion, once for each.", "Model")]
-OutOption = Annotated[str, _option("A .png file (numbered when --num > 1) or a folder.", "Output")]
+NegativeOption = Annotated[str | None, _option("What the picture must not show.", metavar="TEXT")]
+VaeOption = Annotated[
+    Path | None, _option("Another VAE: a file, a folder, or that of a whole model.", "Model", metavar="FILE")
+]
+EmbeddingOption = Annotated[list[Path], _option("A textual inversion, once for each.", "Model", metavar="FILE")]
+OutOption = Annotated[str, _option("A .png file (numbered when --num > 1) or a folder.", metavar="FILE")]
 StripOption = Annotated[bool, _option("Also write OUT-strip.png: the picture emerging.", "Output", "--strip")]
 MapOption = Annotated[
     bool,
@@ -190,7 +201,7 @@ def with_adapters(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _adapter_parameters() -> dict[str, inspect.Parameter]:
-    annotation = Annotated[list[str], _option("FILE or FILE:WEIGHT, once for each.", "Model")]
+    annotation = Annotated[list[str], _option("FILE or FILE:WEIGHT, once for each.", metavar="FILE")]
     return {kind.name: _parameter(kind.name, annotation, []) for kind in adapter_kinds()}
 
 
@@ -205,9 +216,17 @@ def _declared(declared: Option, kind: Any = None) -> Any:
     limits: dict[str, float] = {}
     if whole and declared.range is not None:
         limits = {"min": declared.range.low, "max": declared.range.high}
-    given = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
-    shown = "" if given or declared.range is None else f" A number {declared.range}."
+    given: dict[str, Any] = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+    shown = "" if given or declared.range in (None, SEEDS) else f" A number {declared.range}."
+    if not both:
+        given["metavar"] = _metavar(kind)
     return _option(declared.help + shown, declared.panel, *both, **given)
+
+
+def _metavar(kind: Any) -> str | None:
+    """What stands for a value in ``--help``; None for a switch."""
+    names = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
+    return next((name for member, name in names.items() if member in (kind, *get_args(kind))), None)
 
 
 def _types_of_settings() -> dict[str, Any]:

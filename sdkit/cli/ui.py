@@ -24,12 +24,20 @@ from sdkit.cli.options import (
 from sdkit.cli.output import check_writable
 from sdkit.errors import SDKitError
 
+NetworksOption = Annotated[
+    Path | None, typer.Option(help="A folder of LoRAs and hypernetworks, a slider each.", metavar="FOLDER")
+]
+FolderOption = Annotated[Path, typer.Option(help="The folder that pictures are written to.", metavar="FOLDER")]
+PortOption = Annotated[
+    int | None, typer.Option(help="Default: the first free one from 7860 on.", min=1, max=65535, metavar="N")
+]
+
 
 def ui(
     model: ModelOption = "tabletop",
-    networks: Annotated[Path | None, typer.Option(help="A folder of LoRAs and hypernetworks, a slider each.")] = None,
-    output: Annotated[Path, typer.Option(help="The folder that pictures are written to.")] = Path("out"),
-    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860 on.", min=1)] = None,
+    networks: NetworksOption = None,
+    output: FolderOption = Path("out"),
+    port: PortOption = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     vae: VaeOption = None,
     text_encoder: TextEncoderOption = None,

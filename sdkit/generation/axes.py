@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from sdkit.errors import ConfigError
-from sdkit.images.sheet import enlarged, labelled_grid, stacked
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROMPT = "prompt"
 MOST_AXES = 3
@@ -66,6 +67,8 @@ def read_axes(texts: Sequence[str], name: str) -> list[Axis]:
 def grid_sheet(drawn: Mapping[tuple[int, ...], Image.Image], axes: Sequence[Axis]) -> Image.Image:
     """The pictures by the numbers of their values: the first axis to the right, the second down, the third as sheets
     one below the other. Places without a picture stay empty."""
+    from sdkit.images.sheet import enlarged, labelled_grid, stacked  # not before it is needed: it reads fonts
+
     columns, rows, sheets = (axes[k].labels if k < len(axes) else [""] for k in range(MOST_AXES))
     parts: list[Image.Image] = []
     for s, title in enumerate(sheets):

@@ -96,16 +96,15 @@ class Settings:
         0,
         "Last layers of the text encoder to leave out (A1111's number - 1).",
         flag="clip-skip",
+        panel="Text",
         range=Range(0),
         remembered="always",
     )
 
     # Sampling. None stands for the model's own setting.
-    num_inference_steps: int = option(
-        30, "Sampling steps.", flag="steps", panel="Sampling", range=Range(1), remembered="always"
-    )
+    num_inference_steps: int = option(30, "Sampling steps.", flag="steps", range=Range(1), remembered="always")
     sampler: str | None = option(
-        None, "ddim, ddpm, euler, euler_a, heun, dpmpp_2m, …", flag="sampler", panel="Sampling", remembered="as used"
+        None, "ddim, ddpm, euler, euler_a, heun, dpmpp_2m, …", flag="sampler", remembered="as used"
     )
     sigmas: str | None = option(
         None, "Noise levels: karras, exponential or beta.", flag="sigmas", panel="Sampling", remembered="always"
@@ -122,7 +121,6 @@ class Settings:
         7.5,
         "How hard the prompt pulls: uncond + scale (cond - uncond); 0 ignores the prompt, 1 the negative prompt.",
         flag="guidance",
-        panel="Guidance",
         range=Range(0),
         remembered="always",
     )
@@ -170,7 +168,6 @@ class Settings:
         None,
         "Seed of the first picture, the next has seed + 1; in Python also one for each (default: drawn at random).",
         flag="seed",
-        panel="Noise",
         range=SEEDS,
         remembered="as used",
     )
@@ -370,6 +367,7 @@ def _file(name: str, help: str, flag: str, default: Any = ...) -> Argument:
 
 
 IMAGE = _file("image", "The picture to start from.", "image")
+HIRES = "Large pictures"  # the panel
 UPSCALERS = ("nearest", "bilinear", "bicubic")
 
 
@@ -389,21 +387,31 @@ TASKS: Mapping[str, TaskKind] = {
                     "hires_scale",
                     float | None,
                     None,
-                    Option("Enlarge the picture by this and work on it again.", "hires", range=Range(1, 16)),
+                    Option(
+                        "Enlarge the picture by this and work on it again.",
+                        "hires",
+                        HIRES,
+                        range=Range(1, 16),
+                    ),
                 ),
                 Argument(
                     "hires_strength",
                     float,
                     0.7,
-                    Option("How much is changed then.", "hires-strength", range=SHARE),
+                    Option("How much is changed then.", "hires-strength", HIRES, range=SHARE),
                 ),
                 Argument(
                     "hires_steps",
                     int | None,
                     None,
-                    Option("Sampling steps then (default: --steps).", "hires-steps", range=Range(1)),
+                    Option("Sampling steps then (default: --steps).", "hires-steps", HIRES, range=Range(1)),
                 ),
-                Argument("hires_upscaler", str, "bilinear", Option(", ".join(UPSCALERS) + ".", "hires-upscaler")),
+                Argument(
+                    "hires_upscaler",
+                    str,
+                    "bilinear",
+                    Option(", ".join(UPSCALERS) + ".", "hires-upscaler", HIRES),
+                ),
             ),
         ),
         TaskKind("image_to_image", "img2img", "Make pictures from a prompt and a picture.", (IMAGE, _strength(0.75))),

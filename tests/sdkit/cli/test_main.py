@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 
 from sdkit.cli import main as cli
 from sdkit.errors import SDKitError
@@ -128,6 +130,28 @@ def test_the_shipped_model_needs_nothing_but_a_prompt(run: Run) -> None:
     picture = np.asarray(read_image("out.png")).astype(int)
     redness = picture[..., 0] - picture[..., 1:].max(-1)
     assert (redness > 60).mean() > 0.02, "no red sphere in the picture"
+
+
+@pytest.mark.parametrize("command", cli.EXAMPLES)
+def test_help_fits_80_columns_and_ends_with_examples(run: Run, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(command, "--help")
+    group: Any = get_command(cli.make_app())
+    options = {option for own in group.commands[command].params for option in (*own.opts, *own.secondary_opts)}
+    assert status == 0 and max(map(len, out.splitlines())) <= 80
+    assert all(re.search(rf"{option}\s", out) for option in options if option.startswith("--"))  # none is clipped
+
+    shown = " ".join(out.split())
+    for example in cli.EXAMPLES[command]:
+        assert f"sdkit {command} {example}".strip() in shown
+        assert set(re.findall(r"--[\w-]+", example)) <= options
+
+
+def test_the_usual_options_stand_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    first = run("txt2img", "--help")[1].split("─ Options ─")[1].split("╭─")[0]
+    usual = ("negative", "height", "width", "num", "steps", "sampler", "guidance", "seed", "lora", "hypernetwork")
+    assert re.findall(r"^│ --(\w+)", first, re.MULTILINE) == [*usual, "model", "out", "help"]
 
 
 def test_help_and_version_import_nothing_heavy() -> None:

@@ -24,7 +24,7 @@ from sdkit.generation.options import (
 )
 from sdkit.sampling.guidance import Classifier
 from sdkit.stable_diffusion import StableDiffusion
-from sdkit.viewing.previews import PreviewMode
+from sdkit.viewing.previews import Preview, PreviewMode
 from tests.sdkit.tiny import model
 
 NAMES = {
@@ -32,7 +32,7 @@ NAMES = {
     "DiffusionModel": DiffusionModel,
     "Generators": Generators,
     "Classifier": Classifier,
-    "PreviewMode": PreviewMode,
+    "Preview": Preview, "PreviewMode": PreviewMode,
 }
 
 

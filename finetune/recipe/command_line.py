@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from finetune.options import declared
 from sdkit.errors import ConfigError, SDKitError, file_problem, one_line
@@ -30,8 +31,11 @@ def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> type
     """
     every = [(panel, kind, f) for panel, kind in panels.items() for f in fields(kind)]
     assert len({f.name for *_, f in every}) == len(every), "two dataclasses share an option's name"
-    help = "A TOML file with any of these options, tables or not, hyphens or underscores; the command line wins."
-    config = Annotated[Path | None, typer.Option(help=help, is_eager=True, callback=_read_defaults)]
+    help = (
+        "A TOML file with any of these options, tables or not, hyphens or underscores; the command line wins "
+        "(--no-NAME switches off what the file has switched on)."
+    )
+    config = Annotated[Path | None, typer.Option(help=help, is_eager=True, callback=_read_defaults, metavar="FILE")]
     parameters = [_parameter("config", config, None)]
     parameters += [_parameter(f.name, _annotation(kind, f, panel), _default(f)) for panel, kind, f in every]
 
@@ -53,8 +57,23 @@ def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> type
     main.__annotations__ = {p.name: p.annotation for p in parameters}
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(main)
+    app.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})(main)
     return app
+
+
+class Command(TyperCommand):
+    """A command whose help shows of a switch the name that changes something: both in a row would be clipped."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        switches = [parameter for parameter in self.params if parameter.secondary_opts]
+        names = [(switch.opts, switch.secondary_opts) for switch in switches]
+        for switch, (on, off) in zip(switches, names, strict=True):
+            switch.opts, switch.secondary_opts = off if switch.default else on, []
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for switch, (on, off) in zip(switches, names, strict=True):
+                switch.opts, switch.secondary_opts = on, off
 
 
 def to_toml(*configs: Any) -> str:
@@ -79,7 +98,16 @@ def _annotation(kind: type[Any], f: Field[Any], panel: str) -> Any:
     hint, help = option.type, option.help if option.range is None else f"{option.help} A number {option.range}."
     if get_origin(hint) is tuple:  # typer repeats an option for a list
         hint = list[get_args(hint)[0]]
-    return Annotated[hint, typer.Option(help=help, rich_help_panel=panel)]
+    shown: dict[str, Any] = {"show_default": False} if isinstance(f.default, bool) else {}
+    if option.choices:
+        help, shown["metavar"] = f"{help} One of {', '.join(map(str, option.choices))}.", "NAME"
+    elif option.number is not None:
+        shown["metavar"] = "N" if option.number is int else "X"
+    elif f.default is True:
+        help = f"{help} It is on; this switches it off."
+    elif hint not in (bool, bool | None):
+        shown["metavar"] = "FILE" if Path in (hint, *get_args(hint)) else "TEXT"
+    return Annotated[hint, typer.Option(help=help, rich_help_panel=panel, **shown)]
 
 
 def _default(f: Field[Any]) -> Any:

@@ -1,5 +1,7 @@
 """A command line made of dataclasses: options, the TOML file, and errors."""
 
+import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ class Things:
 
 @dataclass(frozen=True)
 class More:
+    use_a_rather_long_name: Annotated[bool, "Another switch."] = True
     on: Annotated[bool, "A switch."] = False
     text: Annotated[str, "Words."] = 'é "\\ \n'
 
@@ -36,19 +39,29 @@ def test_options_become_dataclasses():
     assert parsed(["--needed", "p"]) == (Things(Path("p")), More())
     assert parsed(["--needed", "p", "--many", "a", "--many", "b", "--share", "1", "--on"]) == (
         Things(Path("p"), ("a", "b"), 1.0),
-        More(True),
+        More(on=True),
     )
+
+
+def test_help_shows_what_a_switch_changes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call(["--help"], command(print, {"Things": Things, "More": More}))
+    assert "--no-use-a-rather-long-name " in shown and " --use-a" not in shown
+    assert "--on " in shown and "--no-on" not in shown
+    assert "It is on; this switches it off." in " ".join(shown.replace("│", " ").split())
+    assert parsed(["--needed", "p", "--no-use-a-rather-long-name", "--no-on"])[1] == More(False)
+    assert parsed(["--needed", "p", "--use-a-rather-long-name"])[1] == More()
 
 
 def test_the_file_gives_defaults(tmp_path: Path):
     file = tmp_path / "run.toml"
     file.write_text('needed = "p"\n[tables]\nmany = ["a", "b"]\n[tables.deep]\non = true\nshare = 2\n')
-    assert parsed(["--config", file]) == (Things(Path("p"), ("a", "b"), 2.0), More(True))
+    assert parsed(["--config", file]) == (Things(Path("p"), ("a", "b"), 2.0), More(on=True))
     assert parsed(["--share", 3, "--config", file, "--no-on", "--many", "c"]) == (
         Things(Path("p"), ("c",), 3.0),
-        More(False),
+        More(on=False),
     )
-    every = (Things(Path("q"), (), 0.5), More(True))
+    every = (Things(Path("q"), (), 0.5), More(on=True))
     file.write_text(to_toml(*every), encoding="utf-8")
     assert parsed(["--config", file]) == every
 
@@ -86,3 +99,10 @@ def test_errors_of_users_end_with_status_1_and_others_are_raised():
     for bug in (ZeroDivisionError(), RuntimeError("mat1 and mat2"), ConnectionResetError(104, "x")):
         with pytest.raises(type(bug)):
             call(["--needed", "p"], fail(bug))
+
+
+@pytest.mark.parametrize("name", ["lora", "hypernetwork", "textual_inversion", "unet", "vae_decoder"])
+def test_no_name_is_clipped_in_the_scripts_help(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call(["--help"], importlib.import_module(f"finetune.train_{name}").app)
+    assert "--max-train-steps " in shown and not re.search(r"--\S*…", shown)

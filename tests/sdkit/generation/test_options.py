@@ -32,7 +32,8 @@ NAMES = {
     "DiffusionModel": DiffusionModel,
     "Generators": Generators,
     "Classifier": Classifier,
-    "Preview": Preview, "PreviewMode": PreviewMode,
+    "Preview": Preview,
+    "PreviewMode": PreviewMode,
 }
 
 

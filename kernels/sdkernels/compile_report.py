@@ -1,11 +1,14 @@
 """Compile every kernel for every GPU generation, on a machine that needs no GPU, and report on the machine code.
 
-    python -m sdkernels.compile_report [--arch 80 90 ...] [--op NAME ...] [--all | --small] [--json FILE]
+    python -m sdkernels.compile_report [--arch 80 90 ...] [--op NAME ...] [--all | --small] [--verbose]
+                                       [--json FILE] [--csv FILE] [--compare FILE]
     python -m sdkernels.compile_report --floors [--arch 90 ...] [--op NAME ...] [--case PART OF NAME] [--simulate]
 
 No launch is written down here: ``launches.py`` notes what each op of the registry would launch, forward and backward.
 By default these are all hot cases in float16 and bfloat16, and each kernel once in float32; a kernel that no hot case
 uses comes from the odd ones. ``--small`` takes each kernel once, in float16; ``--all`` takes all cases in all dtypes.
+The table has a part for each op; ``--verbose`` adds each row's instructions and constants. ``--compare`` takes what
+``--json`` wrote before a change, and says what of registers, memory, occupancy, code and floors is another now.
 ``--floors`` takes each launch of the hot cases in float16, and says what the static model says of its time
 (``static_model.md`` beside this folder).
 
@@ -18,21 +21,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import triton
 from triton import knobs
 
 from . import registry
 from .compilation import compiled
+from .compile_rows import HEADER, Row, differences, read_rows, table_line, write_csv, write_json
 from .gpus import LIMITS, TENSOR_MEMORY, occupancy
 from .launches import Launch, launches
 from .machine_code import Code
@@ -73,58 +73,6 @@ def _line(error: BaseException) -> str:
     """The error's type and the last line of its message, which names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
-
-
-@dataclass
-class Row:
-    """One compiled launch. Memory and code in bytes; ``local`` holds spilled registers and other stack.
-
-    ``floor`` is that of the first case in microseconds, and ``limiter`` what it comes from (``static_model.py``).
-    """
-
-    op: str
-    case: str
-    dtype: str
-    arch: int
-    kernel: str
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    problem: str = ""
-    registers: int = 0
-    local: int = 0
-    shared: int = 0
-    tensor_memory: int = 0
-    occupancy: int = 0
-    floor: float = 0.0
-    limiter: str = ""
-    unknown: int = 0
-    code: int = 0
-    instructions: dict[str, int] = field(default_factory=dict[str, int])
-
-    @property
-    def title(self) -> str:
-        """The name of the row in messages."""
-        return f'{self.kernel} sm_{self.arch} {self.dtype} ({self.op} "{self.case}")'
-
-    def __str__(self) -> str:
-        """A line of the table."""
-        most = LIMITS[self.arch].warps
-        constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
-        mix = " ".join(f"{name} {count}" for name, count in self.instructions.items())
-        return (
-            f"{self.op:16} {self.kernel:44} {self.arch:4} {self.dtype:8} {self.num_warps:2} {self.num_stages:2} "
-            f"{self.registers:4} {self.local:5} {self.shared:6} {self.occupancy:2}/{most} {self.code:6} "
-            f"{self.floor:8.2f} {self.limiter:8}  "
-            f"{self.problem or mix} | {constants} | {self.case}"
-        )
-
-
-HEADER = (
-    f"{'op':16} {'kernel':44} {'sm':>4} {'dtype':8} {'w':>2} {'st':>2} regs local shared warps   code    floor by      "
-    "  instructions | constants | first case"
-    "    (w: warps of a block, st: stages, local: spilled bytes, warps: resident of at most, floor: us of the case)"
-)
 
 
 def build(launch: Launch) -> Row:
@@ -190,7 +138,10 @@ def parser() -> argparse.ArgumentParser:
     extent.add_argument("--floors", action="store_true", help="each launch of the hot cases: bounds of its time")
     found.add_argument("--case", default="", help="with --floors: only cases whose names have this in them")
     found.add_argument("--simulate", action="store_true", help="with --floors: simulated times too")
+    found.add_argument("--verbose", action="store_true", help="without --floors: instructions and constants too")
     found.add_argument("--json", type=Path, help="without --floors: write the rows to this file too")
+    found.add_argument("--csv", type=Path, help="without --floors: write the rows as a table for other programs")
+    found.add_argument("--compare", type=Path, metavar="JSON", help="without --floors: say what has changed since")
     return found
 
 
@@ -200,12 +151,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = options.parse_args(argv)
     if knobs.runtime.interpret:
         options.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
-    if arguments.floors and arguments.json:
-        options.error("--json is not for --floors")
+    for name in ("json", "csv", "compare", "verbose"):
+        if arguments.floors and getattr(arguments, name):
+            options.error(f"--{name} is not for --floors")
     if not arguments.floors and (arguments.case or arguments.simulate):
         options.error("--case and --simulate are for --floors")
 
-    pairs = [(registry.OPS[name], arch) for arch, name in itertools.product(arguments.arch, arguments.op)]
+    pairs = [(registry.OPS[name], arch) for name, arch in itertools.product(arguments.op, arguments.arch)]
     problems = _floors(pairs, arguments) if arguments.floors else _machine_code(pairs, arguments)
     for problem in problems:
         print(f"FAILED: {problem}")
@@ -245,13 +197,15 @@ def _machine_code(pairs: list[tuple[OpSpec, int]], arguments: argparse.Namespace
         todo, problems = todo + found, problems + wrong
 
     # Compile, and print each row when it is done.
+    before = read_rows(arguments.compare) if arguments.compare else []
     rows: list[Row] = []
-    print(HEADER)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler runs mostly outside of the interpreter's lock
         for row in pool.map(build, todo):
-            print(row, flush=True)
+            if not rows or rows[-1].op != row.op:
+                print(f"\n{row.op}\n{HEADER}")
+            print(table_line(row, arguments.verbose), flush=True)
             rows.append(row)
-    print(f"{len(rows)} kernels")
+    print(f"\n{len(rows)} kernels")
 
     problems += [f"{row.title}: {row.problem}" for row in rows if row.problem]
     for row in rows:
@@ -270,9 +224,11 @@ def _machine_code(pairs: list[tuple[OpSpec, int]], arguments: argparse.Namespace
                 print(*([speed] if speed else []), flush=True)
 
     if arguments.json:
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        content = {"versions": versions, "problems": problems, "kernels": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(rows, problems, arguments.json)
+    if arguments.csv:
+        write_csv(rows, arguments.csv)
+    if arguments.compare:
+        print(f"\nsince {arguments.compare}", *(differences(before, rows) or ["  nothing has changed"]), sep="\n")
     return problems
 
 

@@ -25,7 +25,7 @@ from finetune.data.folders import check_output, read_pictures
 from finetune.options import check_options
 from finetune.recipe.command_line import command, to_toml
 from finetune.recipe.facts import data_facts
-from finetune.recipe.report import report, summary, write_beginnings
+from finetune.recipe.report import report, summary, was_finished, write_beginnings
 from finetune.recipe.run import WITHOUT_SHEETS, fill_caches
 from finetune.training.config import TrainConfig
 from finetune.training.facts import content, options_as_facts
@@ -174,7 +174,7 @@ def main(
         else None,
     )
 
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not was_finished(model.output, trained, (FILE,)):
         seconds = time.monotonic() - started
         report(model.output, said, trained.history, seconds, peak_memory(accelerator.device), (FILE,))
         after = figures(loading.load_vae(model.output / FILE).to(accelerator.device))

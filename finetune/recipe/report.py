@@ -6,15 +6,24 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
 from torch import nn
 
 from finetune.data.batches import TrainingData
 from finetune.data.describing import UNUSED, describe, every_unused
+from finetune.data.folders import Picture
 from finetune.training.config import TrainConfig
 from finetune.training.history import History
+from finetune.training.loop import Trained
 from finetune.training.memory import Memory, size
 from finetune.training.states import saved_states
-from sdkit.files import write_text
+from sdkit.files import replacing, write_text
+from sdkit.images.pixels import open_image
+from sdkit.images.sheet import contact_sheet, enlarged, stacked
+
+SIDE = 128  # pixels that a picture has on a sheet, at least
+SHOWN = 8  # pictures that were learnt from
+OVERVIEW, REPORT = "overview.png", "report.md"
 
 
 def summary(
@@ -52,8 +61,17 @@ def write_beginnings(output: Path, options: str, data: TrainingData) -> None:
         write_text(output / UNUSED, every_unused(data))
 
 
-def report(output: Path, about: str, history: History, seconds: float, peak: int, files: Sequence[str]) -> None:
-    """Copy ``files`` from the newest checkpoint; beside them write the losses, their curve and report.md."""
+def report(
+    output: Path,
+    about: str,
+    history: History,
+    seconds: float,
+    peak: int,
+    files: Sequence[str],
+    learnt_from: Sequence[Picture] = (),
+) -> None:
+    """Copy ``files`` from the newest checkpoint; beside them write the losses, their curve, report.md, and, where there
+    are sample sheets, overview.png: some of the pictures ``learnt_from``, and the sheets before and after."""
     for file in files:
         newest = saved_states(output)[-1] / file
         if newest.is_dir():
@@ -68,7 +86,9 @@ def report(output: Path, about: str, history: History, seconds: float, peak: int
     first = sum(row.loss for row in history.rows[:tenth]) / tenth
 
     sheets = sorted((output / "samples").glob("step-*.png"))
-    shown = [("Before", sheets[0]), ("After", sheets[-1])] if sheets else []
+    if sheets:
+        with replacing(output / OVERVIEW) as temporary:
+            overview(learnt_from, sheets[0], sheets[-1]).save(temporary, "PNG")
     parts = [
         f"# {output.name}",
         f"```\n{about}\n```",
@@ -76,8 +96,32 @@ def report(output: Path, about: str, history: History, seconds: float, peak: int
         f"{seconds:.0f} s in the last session, at most {size(peak)} of memory. "
         f"Written: {', '.join(f'`{file}`' for file in files)}.",
         "![The loss curve](loss.png)",
-        *(f"## {title}\n\n![Sample sheet](samples/{sheet.name})" for title, sheet in shown),
+        *([f"![Learnt from, before, after]({OVERVIEW})"] if sheets else []),
     ]
 
-    write_text(output / "report.md", "\n\n".join(parts) + "\n")
-    print(f"{output / files[0]} written; see {output / 'report.md'}")
+    write_text(output / REPORT, "\n\n".join(parts) + "\n")
+    print(f"{output / files[0]} written; see {output / REPORT}")
+
+
+def was_finished(output: Path, trained: Trained, files: Sequence[str]) -> bool:
+    """Whether a run was at its end before this session, and all is written; then says so, for nothing is to change."""
+    finished = trained.steps == 0 and all((output / name).exists() for name in (*files, REPORT))
+    if finished:
+        steps = len(trained.history.rows)
+        print(
+            f"{output}: finished before, after {steps} steps, and nothing is changed; "
+            "a larger --max-train-steps trains on, --no-resume begins anew"
+        )
+    return finished
+
+
+def overview(learnt_from: Sequence[Picture], before: Path, after: Path) -> Image.Image:
+    """Some of the pictures that were learnt from, and the sample sheets before and after, one above the other."""
+    parts = {"Before": open_image(before).convert("RGB"), "After": open_image(after).convert("RGB")}
+    if learnt_from:
+        some = learnt_from[:SHOWN]
+        pictures = [enlarged(open_image(picture.path).convert("RGB"), SIDE) for picture in some]
+        for picture in pictures:
+            picture.thumbnail((2 * SIDE, 2 * SIDE))
+        parts = {"Learnt from": contact_sheet(pictures, 4, [picture.caption for picture in some])} | parts
+    return stacked(list(parts.values()), list(parts))

@@ -27,7 +27,7 @@ from finetune.options import check_options, refuse_unread_options
 from finetune.recipe.command_line import to_toml
 from finetune.recipe.diffusion_loss import DiffusionLoss, LossConfig
 from finetune.recipe.facts import data_facts, schedule_facts
-from finetune.recipe.report import report, summary, write_beginnings
+from finetune.recipe.report import SIDE, report, summary, was_finished, write_beginnings
 from finetune.training.config import TrainConfig
 from finetune.training.facts import content, options_as_facts
 from finetune.training.gradient_checkpointing import checkpoint_activations
@@ -36,7 +36,7 @@ from finetune.training.memory import estimate_memory, peak_memory, saved_bytes
 from sdkit.checks import Range, refuse_unread
 from sdkit.errors import ConfigError
 from sdkit.files import replacing
-from sdkit.images.sheet import contact_sheet
+from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.networks.attention import Transformer2DModel
 from sdkit.networks.layers import ResnetBlock2D
 from sdkit.stable_diffusion import StableDiffusion
@@ -197,9 +197,10 @@ def teach(
         validate=partial(sample_sheet, sd, student, prompts, sampling, model.clip_skip) if prompts else None,
     )
 
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not was_finished(model.output, trained, student.files):
         seconds, peak = time.monotonic() - started, peak_memory(accelerator.device)
-        report(model.output, about, trained.history, seconds, peak, student.files)
+        learnt_from = [picture for picture in data.pictures if not picture.is_prior]
+        report(model.output, about, trained.history, seconds, peak, student.files, learnt_from)
 
 
 def make_class_pictures(sd: StableDiffusion, config: DataConfig) -> None:
@@ -258,7 +259,7 @@ def sample_sheet(
         ).images[0]
         for seed, prompt in enumerate(prompts)
     ]
-    return contact_sheet(pictures, 4, prompts)
+    return contact_sheet([enlarged(picture, SIDE) for picture in pictures], 4, prompts)
 
 
 def _summary(

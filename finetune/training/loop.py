@@ -82,10 +82,12 @@ def on_the_cpu(config: TrainConfig) -> Generator[Accelerator]:
 
 @dataclass(frozen=True)
 class Trained:
-    """The end of a run: the losses of all its steps, and the weights' moving average if the settings ask for one."""
+    """The end of a run: the losses of all its steps, the weights' moving average if the settings ask for one, and how
+    many steps were done in this session; 0 where the run was at its end before."""
 
     history: History
     average: MovingAverage | None
+    steps: int
 
 
 def train(
@@ -125,6 +127,7 @@ def train(
 
     run = RunState(accelerator, loss, config, output, facts or {}, highest_rate, export)
     run.resume()
+    first = run.step
     with (
         closing(_one_ahead(batches, run.step * config.gradient_accumulation_steps)) as micro_batches,
         Board(output, sheets, config.report_to, run.step, accelerator.is_main_process) as board,
@@ -138,7 +141,7 @@ def train(
         raise TrainingStopped(signal)
 
     accelerator.wait_for_everyone()
-    return Trained(run.history, run.average)
+    return Trained(run.history, run.average, run.step - first)
 
 
 def _go_on(

@@ -87,13 +87,16 @@ def enlarged(image: Image.Image, side: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def stacked(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one above the other, from the left, on the sheet's paper."""
-    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), PAPER)
-    top = 0
-    for image in images:
-        whole.paste(image, (0, top))
-        top += image.height
+def stacked(images: Sequence[Image.Image], titles: Sequence[str] = (), font_size: int = 15) -> Image.Image:
+    """Pictures one above the other, from the left, on the sheet's paper; each under its title, where there are some."""
+    font, line = ImageFont.load_default(font_size), round(1.8 * font_size) if titles else 0
+    height = sum(image.height + line for image in images)
+    whole = Image.new("RGB", (max(image.width for image in images), height), PAPER)
+    draw, top = ImageDraw.Draw(whole), 0
+    for image, title in zip(images, titles or [""] * len(images), strict=True):
+        draw.text((line // 3, top + line), title, INK, font, anchor="ls")
+        whole.paste(image, (0, top + line))
+        top += line + image.height
     return whole
 
 

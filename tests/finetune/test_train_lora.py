@@ -73,6 +73,7 @@ def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
     for name in (
         "lora.safetensors",
         "report.md",
+        "overview.png",
         "loss.png",
         "losses.csv",
         "config.toml",
@@ -342,7 +343,13 @@ def test_a_resumed_run_that_has_changed_says_in_what(pictures: Path, tmp_path: P
         return said
 
     toy.forget_accelerate()
-    call((*options, "--max-train-steps", 2))  # unchanged
+    (tmp_path / "run" / "losses.csv").write_text("the user's own")
+    assert "finished before, after 2 steps, and nothing is changed" in call((*options, "--max-train-steps", 2))
+    assert (tmp_path / "run" / "losses.csv").read_text() == "the user's own"
+    (tmp_path / "run" / "lora.safetensors").unlink()  # as if it had been killed before it was written
+    toy.forget_accelerate()
+    call((*options, "--max-train-steps", 2))
+    assert (tmp_path / "run" / "lora.safetensors").exists()
     assert "train_batch_size 1, now 2" in refused("--train-batch-size", 2)
     said = refused("--resolution", 48, "--rank", 4)
     assert (

@@ -264,7 +264,7 @@ def about(loss: DecoderLoss, data: TrainingData, config: TrainConfig, model: Dec
     """The run's summary."""
     trained = [p for p in loss.vae.parameters() if p.requires_grad]
     activations = activation_bytes(loss, data, RECOMPUTED if model.gradient_checkpointing else ())
-    memory = estimate_memory([loss], activations, config.ema_decay is not None)
+    memory = estimate_memory([loss], activations, config)
 
     perceptual = "1 - multi-scale SSIM" if loss.lpips is None else "LPIPS"
     lines = {

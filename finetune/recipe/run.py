@@ -275,7 +275,7 @@ def _summary(
     activations = _activation_bytes(sd, loss, student, data, RECOMPUTED if model.gradient_checkpointing else ())
     with nullcontext(sd.unet) if loss.base is None else loss.base() as base:
         everything = nn.ModuleList([loss, base, sd.vae, sd.text_encoder])  # counts what is in two of them once
-        memory = estimate_memory([everything], activations, config.ema_decay is not None)
+        memory = estimate_memory([everything], activations, config)
 
     networks = f"{model.model}, {str(sd.dtype).removeprefix('torch.')}, {sd.schedule.prediction_type}"
     return summary({"model": networks, **student.about}, trained, data, config, memory, model.output, world)

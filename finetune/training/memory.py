@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from finetune.training.averaging import in_place_of
+from finetune.training.config import TrainConfig
+from finetune.training.muon import is_matrix
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,17 @@ class Memory:
         return f"{size(self.total)} ({', '.join(f'{name} {size(value)}' for name, value in parts.items())})"
 
 
-def estimate_memory(modules: list[nn.Module], activations: int, average: bool) -> Memory:
-    """For AdamW over the parameters that require a gradient; ``activations`` as ``saved_bytes`` counts them."""
+def estimate_memory(modules: list[nn.Module], activations: int, config: TrainConfig) -> Memory:
+    """For the settings' optimizer over the parameters that require a gradient; ``activations`` as ``saved_bytes`` counts
+    them. AdamW keeps two moments of a parameter, Muon of a matrix one."""
     parameters = [p for module in modules for p in module.parameters()]
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     frozen = sum(p.nbytes for p in parameters if not p.requires_grad)
-    return Memory(frozen, trained, trained, 2 * trained, trained if average else 0, activations)
+
+    tables = {m.weight for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
+    one = [p for p in parameters if p.requires_grad and p not in tables and is_matrix(p)]
+    moments = 2 * trained - (sum(p.nbytes for p in one) if config.optimizer == "muon" else 0)
+    return Memory(frozen, trained, trained, moments, trained if config.ema_decay is not None else 0, activations)
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], object], recomputed: tuple[type[nn.Module], ...] = ()) -> int:

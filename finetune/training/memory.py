@@ -40,8 +40,8 @@ class Memory:
 
 
 def estimate_memory(modules: list[nn.Module], activations: int, config: TrainConfig) -> Memory:
-    """For the settings' optimizer over the parameters that require a gradient; ``activations`` as ``saved_bytes`` counts
-    them. AdamW keeps two moments of a parameter, Muon of a matrix one."""
+    """For the settings' optimizer over the parameters that require a gradient; ``activations`` as ``saved_bytes``
+    counts them. AdamW keeps two moments of a parameter, Muon of a matrix one."""
     parameters = [p for module in modules for p in module.parameters()]
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     frozen = sum(p.nbytes for p in parameters if not p.requires_grad)

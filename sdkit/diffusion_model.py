@@ -25,8 +25,8 @@ from sdkit.checkpoints.scheduler_config import (
 )
 from sdkit.checkpoints.textual_inversion import TextualInversion, load_textual_inversion
 from sdkit.checks import nearest
-from sdkit.devices import default_dtype, find_device
-from sdkit.errors import CheckpointError, ConfigError
+from sdkit.devices import LARGE, default_dtype, find_device
+from sdkit.errors import CheckpointError, ConfigError, SDKitError
 from sdkit.graphs import Graphs
 from sdkit.networks.depth_estimator import DepthEstimator
 from sdkit.networks.memory_layout import lay_out
@@ -96,7 +96,8 @@ class DiffusionModel:
     ) -> Self:
         """Load a model that ships with us by its name, a diffusers folder or a single file, whichever it is.
 
-        device: the GPU if there is one, else the CPU. dtype: float16 on a GPU, else float32. backend: as in
+        device: the GPU if there is one, else the CPU. dtype: float16 on a GPU; on a CPU float32, and for a model as
+        large as Stable Diffusion bfloat16 where the processor multiplies it, with a warning. backend: as in
         ``sdkernels.backend``, None for the one in force. graphs: whether a step's launches are recorded once and then
         replayed without Python (`sdkit.graphs`), None for on a GPU alone. options: ``vae`` and ``text_encoder``, as a
         network or its file, in place of the model's own, which may be missing; ``variant`` for a folder; ``preset``,
@@ -105,7 +106,7 @@ class DiffusionModel:
         """
         place = find_device(device)
         dtype = _asked_dtype(dtype, options)
-        components = loading.load(model, dtype=dtype or default_dtype(place), **options)
+        components = loading.load(model, dtype=dtype or _own_dtype(model, place), **options)
         loaded = cls(components, backend, graphs).to(place)
         loaded.made_of = _origin(model, options)
         return loaded
@@ -389,6 +390,26 @@ def _asked_dtype(dtype: torch.dtype | None, others: dict[str, Any]) -> torch.dty
     if dtype is not None and other != dtype:
         raise ConfigError(f"dtype, torch_dtype: expected one of them, found {dtype} and {other}")
     return other
+
+
+def _own_dtype(model: str | Path, place: torch.device) -> torch.dtype:
+    """The precision that a model gets where none is asked for; of a large one on a CPU it is said what it takes."""
+    if place.type == "cuda":
+        return default_dtype(place)
+    try:
+        count = loading.parameter_count(model)
+    except SDKitError:
+        return default_dtype(place)  # loading says what is wrong
+    dtype = default_dtype(place, count)
+    if count >= LARGE:
+        name = str(dtype).removeprefix("torch.")
+        other = "; float32 takes twice as much and is exact" if dtype == torch.bfloat16 else ""
+        warnings.warn(
+            f"{model}: {count / 1e9:.2f} billion parameters take {count * dtype.itemsize / 1e9:.1f} GB on the CPU in "
+            f"{name}{other}",
+            stacklevel=3,
+        )
+    return dtype
 
 
 def _refuse_unknown(others: dict[str, Any], known: Sequence[str]) -> None:

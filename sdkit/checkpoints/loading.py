@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkit.checkpoints.companion_folder import base_of, is_companion, load_companion
-from sdkit.checkpoints.components import Components
+from sdkit.checkpoints.components import Components, build_unet
 from sdkit.checkpoints.diffusers_folder import load_folder, save_folder
 from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checkpoints.single_file import load_single_file, save_single_file
 from sdkit.checkpoints.text_encoder_file import load_text_encoder
 from sdkit.checkpoints.vae_file import load_vae_file, load_vae_folder, save_vae_file, save_vae_folder
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.files import read_config
 from sdkit.networks.vae import AutoencoderKL
 
 if TYPE_CHECKING:
@@ -117,6 +118,17 @@ def is_single_file(model: str | Path) -> bool:
     """Whether this names a file, by its ending where nothing is there, and not a folder or a shipped model."""
     path = Path(model)
     return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
+
+
+def parameter_count(model: str | Path) -> int:
+    """How many parameters a model has, by its files' headers or its UNet's configuration: no weight is read.
+
+    Raises CheckpointError for what is no model.
+    """
+    path = base_of(find_model(model))
+    if path.is_file():
+        return int(inspect_file(path)["parameters"])
+    return sum(p.numel() for p in build_unet(read_config(path / "unet"), str(path)).parameters())
 
 
 def load(

@@ -244,3 +244,20 @@ def test_a_model_knows_what_it_was_loaded_from(tmp_path: Path) -> None:
     assert one.made_of == {"model": str(tmp_path / "model.safetensors"), "prediction": "epsilon", "vae": None}
     info = one("", seed=1, num_inference_steps=1, progress=False).images[0].info
     assert info["not_held"] == ["vae"] and info["prediction"] == "epsilon" and "vae" not in info
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_large_model_says_what_memory_it_takes_before_it_takes_it(
+    multiplies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m.safetensors"
+    model().save_single_file(file, dtype=torch.float16)
+    for place in ("sdkit.devices", "sdkit.diffusion_model"):
+        monkeypatch.setattr(f"{place}.LARGE", 10_000)
+    monkeypatch.setattr("sdkit.devices.multiplies_bfloat16", lambda: multiplies)
+    for what in (file, "tabletop"):
+        with pytest.warns(UserWarning, match=rf"{what}: 0.0. billion parameters take 0\.\d GB on the CPU in") as caught:
+            sd = StableDiffusion.load(what, device="cpu")
+        assert sd.dtype == (torch.bfloat16 if multiplies else torch.float32)
+        assert ("float32 takes twice as much" in str(caught[0].message)) == multiplies
+    assert StableDiffusion.load(file, device="cpu", dtype=torch.float32).dtype == torch.float32  # nothing is said

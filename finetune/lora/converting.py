@@ -11,11 +11,13 @@ from torch import Tensor
 
 from finetune.lora.bundles import read_bundle
 from finetune.lora.in_place import own_value
-from finetune.lora.reading import read_lora, split_key, weight_files
+from finetune.lora.reading import BASE, base_of, read_lora, split_key, weight_files
 from finetune.lora.targets import Target, places_in, published_places
 from finetune.lora.update import AnyUpdates
 from finetune.lora.writing import plain_updates, write_lora
+from sdkit.checkpoints.loading import shipped_models
 from sdkit.checkpoints.tensors import read_state
+from sdkit.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     from sdkit.diffusion_model import DiffusionModel
@@ -31,11 +33,16 @@ def convert_lora(
     """Rewrite a LoRA in another format; LoHa and LoKr become the LoRA that equals them.
 
     OFT, IA3 and GLoRA stay what they are in kohya's format; in the others they become the LoRA of full rank that equals
-    them on ``model``. Modules are looked up in ``model``; without one in Stable Diffusion 1.5 or 2, by the width of the
-    context. dtype: of the matrices, None for the file's own.
+    them on ``model``. Modules are looked up in ``model``; without one in the shipped model that the file names as its
+    own, or else in Stable Diffusion 1.5 or 2, by the width of the context. dtype: of the matrices, None for the file's
+    own.
 
     Raises CheckpointError when ``source`` cannot be read, ConfigError when ``target`` cannot hold it.
     """
+
+    base = base_of(Path(source))
+    if model is None and base in shipped_models():
+        model = StableDiffusion.from_pretrained(base, device="cpu", dtype=torch.float32)
 
     def weight_of(place: Target) -> Tensor | None:
         return None if model is None else own_value(model, place)
@@ -49,7 +56,7 @@ def convert_lora(
     words: dict[str, Tensor] = {}
     for file, _ in weight_files(Path(source)):
         words |= read_bundle(file, model.text_encoder.config.hidden_size if model else width or 768)
-    write_lora(updates, target, format, dtype=dtype, words=words)
+    write_lora(updates, target, format, {BASE: base} if base else {}, dtype, words)
 
 
 def _context_width(path: Path) -> int | None:

@@ -27,6 +27,8 @@ from sdkit.files import read_config
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"
+BASE = "ss_sd_model_name"
+"""kohya's fact, which we write in every format: the name of the model that a LoRA was trained on."""
 
 _SINGLE = ("alpha", "scalar", "lora_mid.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale",
            "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
@@ -61,8 +63,14 @@ def read_lora(path: str | Path, places: Iterable[Target]) -> UpdatesRead:
     for file, config in weight_files(Path(path)):
         state, metadata = read_state(file)
         configs = _configs_of(metadata, file) if config is None else {"unet": config, "text_encoder": config}
-        updates |= _read_state(state, configs, names, str(file))
+        updates |= _read_state(state, configs, names, str(file), metadata.get(BASE, ""))
     return updates
+
+
+def base_of(path: Path) -> str:
+    """The name of the model that a LoRA was trained on, "" where its files do not say."""
+    names = (read_state(file)[1].get(BASE, "") for file, _ in weight_files(path))
+    return next(filter(None, names), "")
 
 
 def weight_files(path: Path) -> list[tuple[Path, dict[str, Any] | None]]:
@@ -97,9 +105,14 @@ def _configs_of(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, 
 
 
 def _read_state(
-    state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]], names: Mapping[str, Target], where: str
+    state: Mapping[str, Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, Target],
+    where: str,
+    base: str,
 ) -> UpdatesRead:
-    """The updates in one file's tensors; ``names`` has every spelling of a place, ``where`` is for messages."""
+    """The updates in one file's tensors; ``names`` has every spelling of a place, ``where`` and ``base``, the name of
+    the model that they are for, are for messages."""
     parts: dict[Target, dict[str, Tensor]] = {}
     problems: list[str] = []
 
@@ -120,11 +133,15 @@ def _read_state(
         else:
             parts[target][role] = tensor
 
+    trained_on = f"; it was trained on {base}" if base else ""
     if problems or not parts:
         first = problems[0] if problems else "the file is empty"
-        raise CheckpointError(f"{where}: {len(problems)} of {len(state)} keys are not understood, the first {first}")
-
-    return {target: _update(target, tensors, configs[target.network], where) for target, tensors in parts.items()}
+        counted = f"{len(problems)} of {len(state)} keys are not understood, the first {first}"
+        raise CheckpointError(f"{where}: {counted}{trained_on}")
+    try:
+        return {target: _update(target, tensors, configs[target.network], where) for target, tensors in parts.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{trained_on}") from None
 
 
 def split_key(key: str) -> tuple[str, str | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from finetune.lora.adapters import layers_of, list_adapters
 from finetune.lora.in_place import own_value, state_of
 from finetune.lora.names import module_key
+from finetune.lora.reading import BASE
 from finetune.lora.update import AnyUpdates
 from finetune.lora.writing import check_format, plain_updates, write_lora
 from sdkit.errors import ConfigError
@@ -27,8 +28,9 @@ def save_lora(
     """Write an adapter in the format "diffusers", "kohya" or "peft" (`finetune.lora.writing.write_lora`).
 
     ``name`` may be left out when there is only one. The scale of `set_scale` is no part of a file. ``metadata``, for
-    the header: kohya's ``ss_…`` facts of the training, a trigger word. Changes of weights (OFT, IA3, GLoRA, whole
-    differences) are written as LoRA of full rank but for kohya's format, which has them as they are.
+    the header: kohya's ``ss_…`` facts of the training, a trigger word; the model's name is among them by itself.
+    Changes of weights (OFT, IA3, GLoRA, whole differences) are written as LoRA of full rank but for kohya's format,
+    which has them as they are.
 
     Raises ConfigError for a name that is not the model's, and for what the format cannot hold.
     """
@@ -39,7 +41,8 @@ def save_lora(
     if name not in known:
         raise ConfigError(f"save_lora: {name!r} is no adapter of the model, which has {', '.join(known) or 'none'}")
 
-    facts = dict(metadata or {})
+    base = sd.made_of.get("model")
+    facts = ({BASE: Path(str(base)).name} if base else {}) | dict(metadata or {})
     if format == "kohya" and sd.schedule.prediction_type == "v_prediction":
         facts = {"ss_base_model_version": "sd_v2_v"} | facts
     updates = updates_of(sd, name)

@@ -1,5 +1,6 @@
 """LoRA files rewritten in another format without a model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune
-from finetune.lora.reading import read_lora
-from finetune.lora.targets import match_targets, published_places
+from finetune.lora.reading import base_of, read_lora
+from finetune.lora.targets import match_targets, places_in, published_places
 from finetune.lora.writing import write_lora
 from sdkit.checkpoints.tensors import read_header
-from sdkit.errors import ConfigError
+from sdkit.errors import CheckpointError, ConfigError
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw, relative_error
 from tests.finetune.tiny import drawn_updates, latents, places
@@ -69,3 +70,21 @@ def test_with_the_model(sd: StableDiffusion, tmp_path: Path) -> None:
         pictures.append(latents(sd))
         finetune.remove(sd)
     assert relative_error(pictures[1], pictures[0]) < 1e-5 and relative_error(pictures[0], latents(sd)) > 1e-3
+
+
+def test_a_lora_of_a_shipped_model_knows_its_base_in_every_format(tmp_path: Path) -> None:
+    base = StableDiffusion.from_pretrained("tabletop", device="cpu")
+    finetune.add_lora(base, rank=2, init="gaussian")
+    finetune.save_lora(base, tmp_path / "a.safetensors")
+    for source, target, format in (("a.safetensors", "b.safetensors", "kohya"), ("b.safetensors", "c", "peft")):
+        finetune.convert_lora(tmp_path / source, tmp_path / target, format)  # without a model: its places are no SD's
+    assert {base_of(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "c")} == {"tabletop"}
+    found = places_in(base)
+    first, last = read_lora(tmp_path / "a.safetensors", found), read_lora(tmp_path / "c", found)
+    assert first.keys() == last.keys() and len(first) > 10
+
+    with pytest.raises(CheckpointError, match=r"keys are not understood.*; it was trained on tabletop"):
+        read_lora(tmp_path / "b.safetensors", published_places(1024)[:3])
+    other = [replace(place, shape=torch.Size([7, 7])) for place in found]
+    with pytest.raises(CheckpointError, match=r"expected an update of .*; it was trained on tabletop"):
+        read_lora(tmp_path / "b.safetensors", other)

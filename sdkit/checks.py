@@ -48,8 +48,13 @@ SEEDS = Range(0, 2**63 - 1)
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that is most like this one: "; did you mean 'seed'?", or nothing where none is."""
-    found = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    found = most_like(name, known)
+    return f"; did you mean {found!r}?" if found else ""
+
+
+def most_like(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one, None where none is like it; the first of several in their order."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1)), None)
 
 
 def expect(ok: bool, name: str, expected: str, found: object) -> None:

@@ -51,7 +51,8 @@ class DiffusionModel:
     ConfigError for a name that it does not know. ``adapter_kinds`` names the kinds of adapters that the model has,
     ``adapter_states`` holds what such a kind keeps beside the networks. ``textual_inversions`` holds for each trigger
     its vectors [n, D]. ``graphs`` as in `load`. ``made_of`` holds what the model was loaded from, by the names that
-    the metadata of pictures has: model, vae, text_encoder, prediction, zero_snr; None for what was no file.
+    the metadata of pictures has: model, vae, text_encoder, prediction, zero_snr; None for what was no file. ``words``
+    are those that a small model knows, None for one that does not say; a prompt with others is a warning.
     """
 
     def __init__(self, components: Components, backend: str | None = None, graphs: bool | None = None) -> None:
@@ -70,6 +71,8 @@ class DiffusionModel:
         self.extra_networks: dict[str, ApplyNetworks] = {}
         self.adapter_kinds: set[str] = set()
         self.adapter_states: dict[str, Any] = {}
+        self.words: frozenset[str] | None = None
+        self.strange_words: set[str] = set()  # that were warned of
         self.textual_inversions: dict[str, Tensor] = {}
         self.new_inversions: list[tuple[str, ...]] = []  # triggers of those that no prompt was read with yet
         self.known_adapters: set[tuple[str, str]] = set()  # kind and name of those that pictures were made with
@@ -109,6 +112,7 @@ class DiffusionModel:
         components = loading.load(model, dtype=dtype or _own_dtype(model, place), **options)
         loaded = cls(components, backend, graphs).to(place)
         loaded.made_of = _origin(model, options)
+        loaded.words = loading.known_words(model)
         return loaded
 
     @classmethod

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -45,7 +46,7 @@ from finetune.training.averaging import in_place_of
 from finetune.training.min_snr import min_snr_weight
 from sdkit.checkpoints import loading
 from sdkit.checkpoints.components import Components
-from sdkit.files import replacing
+from sdkit.files import replacing, write_json
 from sdkit.images.pixels import to_pil
 from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.networks.config import UNetConfig
@@ -282,6 +283,11 @@ def untrained(work: Path, init: Path | None, schedule: NoiseSchedule, side: int)
     return PredictorLoss(unet, text_encoder, anchor, schedule)
 
 
+def words_of(texts: Sequence[str]) -> list[str]:
+    """The different words of texts, in lower case, in their order."""
+    return sorted({word for text in texts for word in re.findall(r"[a-z]+", text.lower())})
+
+
 def scheduler_config(schedule: NoiseSchedule) -> dict[str, Any]:
     """What the model's folder says of its schedule."""
     names = ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")
@@ -353,6 +359,8 @@ def main(
         model = Components(loss.unet, vae, loss.text_encoder, tokenizer, scheduler_config(schedule))
         loading.save(model, work / "model", dtype=torch.float16)
     shutil.copytree(work / "clip" / "image_encoder", work / "model" / "image_encoder", dirs_exist_ok=True)
+    texts = pictures.captions(torch.arange(len(pictures)), seed=0)
+    write_json(work / "model" / loading.WORDS, {"words": words_of(texts)})
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def teach(
 
     # Without graphs, whose memory is the training's.
     sd = StableDiffusion.load(model.model, accelerator.device, dtypes[accelerator.mixed_precision], graphs=False)
+    sd.words = None  # it is to learn others
     with accelerator.main_process_first():
         make_class_pictures(sd, data_config)
     data = training_data(sd, data_config, config.seed, accelerator, last_caption)

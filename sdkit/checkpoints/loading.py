@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).parents[1] / "models"
 """The models that ship with us, each a diffusers folder or a companion of one."""
 
+WORDS = "words.json"
+
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 """Endings of files that hold weights. We write the first alone."""
 
@@ -129,6 +131,18 @@ def parameter_count(model: str | Path) -> int:
     if path.is_file():
         return int(inspect_file(path)["parameters"])
     return sum(p.numel() for p in build_unet(read_config(path / "unet"), str(path)).parameters())
+
+
+def known_words(model: str | Path) -> frozenset[str] | None:
+    """The words, in lower case, that a model's folder says it knows: ``words`` in its words.json; None where there is
+    none. Raises CheckpointError where that is damaged."""
+    folder = base_of(find_model(model))
+    if not (folder / WORDS).is_file():
+        return None
+    words = read_config(folder, WORDS).get("words")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise CheckpointError(f"{folder / WORDS}: expected a list of words as words")
+    return frozenset(words)
 
 
 def load(

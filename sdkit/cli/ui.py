@@ -55,14 +55,15 @@ def ui(
     except ImportError:
         raise SDKitError("sdkit ui: gradio is missing: pip install 'sdkit-triton[ui]'") from None
     from sdkit.ui.page import serve
-    from sdkit.ui.studio import Studio
+    from sdkit.ui.studio import Studio, find_networks
 
     del gradio
     check_writable(output, is_folder=True)
+    known = find_networks(networks)
     options = ModelOptions(
         model, vae, list(embedding), device, dtype, backend, graphs, prediction, zero_snr, text_encoder
     )
     none: Mapping[str, list[str]] = {}
-    page = serve(Studio(options.load(none), options.parts(none), networks, output), port, browser)
+    page = serve(Studio(options.load(none), options.parts(none), known, output), port, browser)
     print(f"{page.local_url}  pictures go to {output}/; Ctrl-C ends it", flush=True)
     page.block_thread()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdkit.checks import most_like
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
 from sdkit.generation.options import Settings
@@ -22,7 +23,7 @@ from sdkit.prompts.composition import is_composed, split_composition
 from sdkit.prompts.encoding import encode_groups
 from sdkit.prompts.scheduling import prompt_schedule, text_at
 from sdkit.prompts.tags import ExtraNetwork, split_extra_networks
-from sdkit.prompts.tokens import used_triggers
+from sdkit.prompts.tokens import prompt_tokens, used_triggers
 
 Prompt = str | Sequence[str] | None
 
@@ -223,7 +224,8 @@ def encode(
     """The contexts of P prompts and negative prompts in every step, by the model's text encoder, if there are any by
     ``graphs``.
 
-    Warns of each textual inversion that was loaded since the last call and stands in none of these texts.
+    Warns of each textual inversion that was loaded since the last call and stands in none of these texts, and once of
+    each word that a model which says what words it knows has never seen.
     """
     embeds, negative_embeds = settings.prompt_embeds, settings.negative_prompt_embeds
     weighted = settings.prompt_weighting
@@ -235,7 +237,9 @@ def encode(
     negatives = prompts.negatives if negative_embeds is None else [""] * len(negative_embeds)
     unsaid = [_said(text, stages, weighted, composed=False) for text in negatives]
     if embeds is None:
-        _warn_of_unused_triggers([text for one in (*said, *unsaid) for text in _different(one)], weighted, model)
+        every = [text for one in (*said, *unsaid) for text in _different(one)]
+        _warn_of_unused_triggers(every, weighted, model)
+        _warn_of_strange_words(every, weighted, model)
 
     # What of it the guidance needs. Prompts and negative prompts go through the encoder together, so that they get the
     # same number of chunks.
@@ -334,3 +338,19 @@ def _warn_of_unused_triggers(texts: Sequence[str], weighted: bool, model: Diffus
             words = " or ".join(map(repr, triggers))
             warnings.warn(f"embedding {words}: loaded, but in no prompt and no negative prompt", stacklevel=2)
     model.new_inversions.clear()
+
+
+def _warn_of_strange_words(texts: Sequence[str], weighted: bool, model: DiffusionModel) -> None:
+    if model.words is None or model.adapter_kinds:  # adapters may know more
+        return
+    chunks = (
+        chunk
+        for text in texts
+        for chunk in prompt_tokens(model.tokenizer, text, weighted=weighted, embeddings=model.textual_inversions)
+    )
+    said = {token.word for chunk in chunks for token in chunk if token.vector is None and token.word.isalpha()}
+    if strange := sorted(said - model.words - model.strange_words):
+        model.strange_words.update(strange)
+        hints = [repr(word) + (f" ({like}?)" if (like := most_like(word, model.words)) else "") for word in strange]
+        name = model.made_of.get("model", "the model")
+        warnings.warn(f"prompt: words that {name} has never seen: {', '.join(hints)}", stacklevel=2)

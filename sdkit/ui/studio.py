@@ -83,15 +83,22 @@ class Stopped(Exception):
     """A run was stopped before its picture was there."""
 
 
+@dataclass(frozen=True)
+class Network:
+    """A LoRA, a hypernetwork, or what other kinds of adapters there are, as a file."""
+
+    file: Path
+    kind: AdapterKind
+
+
 class Studio:
-    """A model, the networks in a folder, and the folder that pictures are written to.
+    """A model, networks by their names (`find_networks`), and the folder that pictures are written to.
 
     Methods may be called from several threads: one picture is made at a time.
     """
 
-    def __init__(self, sd: StableDiffusion, parts: ModelParts, networks: Path | None, output: Path) -> None:
-        self.sd, self.parts, self.output = sd, parts, output
-        self.networks = find_networks(networks)
+    def __init__(self, sd: StableDiffusion, parts: ModelParts, networks: Mapping[str, Network], output: Path) -> None:
+        self.sd, self.parts, self.networks, self.output = sd, parts, networks, output
         self._loaded: dict[str, tuple[AdapterKind, str]] = {}  # by its name here: its kind, its name in the model
         self._busy = threading.Lock()
         output.mkdir(parents=True, exist_ok=True)
@@ -316,14 +323,6 @@ class Studio:
         if interval := arguments.get("guidance_interval"):
             arguments["guidance_interval"] = (interval[0], float("inf") if interval[1] is None else interval[1])
         return Known(Asked(task, arguments, networks), notes)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A LoRA, a hypernetwork, or what other kinds of adapters there are, as a file."""
-
-    file: Path
-    kind: AdapterKind
 
 
 def find_networks(folder: Path | None) -> dict[str, Network]:

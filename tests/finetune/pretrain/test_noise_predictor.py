@@ -21,6 +21,7 @@ from finetune.pretrain.noise_predictor import (
     draw_timesteps,
     loss_weight,
     share,
+    words_of,
 )
 from finetune.pretrain.own_pictures import OwnPictures
 from finetune.seeds import step_generator
@@ -229,3 +230,7 @@ def test_words_that_look_elsewhere_cost(loss: PredictorLoss) -> None:
     signal = loss.schedule.alphas_cumprod[given.t].tolist()
     for sample in range(3):
         assert value(sample, nowhere) - plain == pytest.approx(GROUNDING * signal[sample], abs=1e-3)
+
+
+def test_the_model_says_what_words_it_has_seen() -> None:
+    assert words_of(["A red cube, 2 spheres", "a t-shirt"]) == ["a", "cube", "red", "shirt", "spheres", "t"]

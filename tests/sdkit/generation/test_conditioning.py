@@ -1,5 +1,6 @@
 """What prompts say beside their words: tags of extra networks, triggers of textual inversions; what is said in vain."""
 
+import re
 import sys
 import types
 import warnings
@@ -15,7 +16,7 @@ import torch
 from sdkit import adapter_kinds
 from sdkit.adapter_kinds import AdapterKind
 from sdkit.checkpoints.textual_inversion import TextualInversion, save_textual_inversion
-from sdkit.errors import ConfigError
+from sdkit.errors import CheckpointError, ConfigError
 from sdkit.prompts.tags import ExtraNetwork
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import relative_error
@@ -209,3 +210,25 @@ def test_an_adapter_that_does_nothing_is_named_once(sd: StableDiffusion, monkeyp
     ]
     states["on"].scale = 0.0
     sd.text_to_image("a cat", **QUICK)
+
+
+def test_words_that_a_model_has_never_seen_are_named_once(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    model().save_pretrained(folder)
+    assert StableDiffusion.load(folder, device="cpu").words is None
+    (folder / "words.json").write_text('{"words": ["a", "red", "sphere", "and", "on"]}')
+    sd = StableDiffusion.load(folder, device="cpu", dtype=torch.float32)
+    message = f"prompt: words that {folder} has never seen: 'cat', 'spere' (sphere?)"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as caught:
+        sd.text_to_image("a (Red:1.2) spere, 2 [sphere|cat]!", "on a cat", **QUICK)
+    assert len(caught) == 1
+    sd.text_to_image("a spere and a cat", **QUICK)  # once is enough
+
+    sd.add_textual_inversion(TextualInversion("<zorb>", torch.zeros(1, 32)))
+    sd.text_to_image("a <zorb>", **QUICK)
+    sd.adapter_kinds.add("lora")  # which may know more
+    sd.text_to_image("a dog", **QUICK)
+
+    (folder / "words.json").write_text('{"words": "a"}')
+    with pytest.raises(CheckpointError, match=r"words\.json: expected a list of words"):
+        StableDiffusion.load(folder, device="cpu")

@@ -9,7 +9,7 @@ import pytest
 import finetune
 from finetune.hypernetwork.network import Hypernetwork
 from sdkit.model_parts import ModelParts
-from sdkit.ui.studio import Studio
+from sdkit.ui.studio import Studio, find_networks
 from tests.conftest import draw_weights
 from tests.sdkit.tiny import model
 
@@ -33,4 +33,4 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def studio(tmp_path: Path, networks: Path) -> Studio:
-    return Studio(model(), ModelParts("tiny"), networks, tmp_path / "out")
+    return Studio(model(), ModelParts("tiny"), find_networks(networks), tmp_path / "out")

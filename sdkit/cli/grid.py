@@ -19,7 +19,8 @@ from sdkit.cli.options import Given, ModelOptions, picture_command
 from sdkit.cli.output import destinations
 from sdkit.errors import ConfigError
 from sdkit.generation.axes import PROMPT, SIDE, Axis, grid_sheet, read_axes
-from sdkit.generation.options import TASKS, argument_names
+from sdkit.generation.option_text import argument_names
+from sdkit.generation.options import TASKS
 
 if TYPE_CHECKING:
     from PIL import Image

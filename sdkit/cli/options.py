@@ -20,15 +20,8 @@ import typer
 
 from sdkit.adapter_kinds import adapter_kinds
 from sdkit.checks import SEEDS
-from sdkit.generation.options import (
-    Option,
-    Settings,
-    TaskKind,
-    argument_names,
-    declarations,
-    python_name,
-    read_interval,
-)
+from sdkit.generation.option_text import argument_names, python_name, read_interval
+from sdkit.generation.options import Option, Settings, TaskKind, declarations
 from sdkit.model_parts import ModelParts, load_model
 
 if TYPE_CHECKING:

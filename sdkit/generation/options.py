@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, expect, nearest, refuse_unread
+from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, nearest, refuse_unread
 from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -470,48 +470,3 @@ def is_whole(kind: Any) -> bool | None:
 def _check_range(name: str, value: Any, declared: Option, whole: bool | None) -> None:
     if declared.range is not None and whole is not None:
         check_range(name, value, declared.range, whole)
-
-
-# Arguments as text
-
-
-def argument_names(task: TaskKind) -> dict[str, str]:
-    """Of the options of a task's command, as Python has them, the arguments of the task's method that they are."""
-    names = {"prompt": "prompt", "negative": "negative_prompt"}
-    names |= {python_name(argument.option): argument.name for argument in task.arguments}
-    flagged = {name: declared for name, declared in declarations(Settings).items() if declared.flag is not None}
-    return names | {python_name(declared): name for name, declared in flagged.items()}
-
-
-def python_name(declared: Option) -> str:
-    """The parameter that typer makes ``--FLAG`` of."""
-    return (declared.flag or "").replace("-", "_")
-
-
-def read_interval(text: str) -> tuple[float, float]:
-    """LOW:HIGH; HIGH left out is infinity. Raises ConfigError."""
-    low, _, high = text.partition(":")
-    try:
-        return float(low or 0), float(high) if high else math.inf
-    except ValueError:
-        raise ConfigError(f"--interval: expected LOW:HIGH, two noise levels, found {text!r}") from None
-
-
-def read_value(task: TaskKind, name: str, text: str) -> Any:
-    """The value of an argument of a task, written as on the command line. Raises ConfigError."""
-    types: dict[str, Any] = {f.name: f.type for f in fields(Settings)}
-    types |= {argument.name: argument.type for argument in task.arguments}
-    if name == "guidance_interval":
-        return read_interval(text)
-
-    kind = str(types.get(name, "str"))
-    whole, switch = is_whole(kind), {"true": True, "false": False}.get(text.strip().lower())
-    if "bool" in kind:
-        expect(switch is not None, name, "true or false", text)
-        return switch
-    if whole is None:
-        return text
-    try:
-        return int(text) if whole else float(text)
-    except ValueError:
-        raise ConfigError(f"{name}: expected a {'whole ' if whole else ''}number, found {text!r}") from None

@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from sdkit.errors import ConfigError
-from sdkit.generation.options import TASKS, Settings, argument_names
+from sdkit.generation.option_text import argument_names
+from sdkit.generation.options import TASKS, Settings
 from sdkit.ui.studio import Asked, Studio
 
 RANDOM = -1  # the seed that stands for any
@@ -120,7 +121,7 @@ def fill_fields(studio: Studio, asked: Asked) -> dict[str, Any]:
 
 
 def _written(name: str, value: Any) -> str:
-    """The value of an option as `sdkit.generation.options.read_value` reads it."""
+    """The value of an option as `sdkit.generation.option_text.read_value` reads it."""
     if name == "guidance_interval":
         return f"{value[0]:g}:{value[1]:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -22,7 +22,8 @@ from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checks import Range, check_range, nearest
 from sdkit.errors import ConfigError, SDKitError
 from sdkit.generation.axes import PROMPT, Axis, grid_sheet, read_axes
-from sdkit.generation.options import TASKS, argument_names, read_value
+from sdkit.generation.option_text import argument_names, read_value
+from sdkit.generation.options import TASKS
 from sdkit.generation.output import Output
 from sdkit.generation.png import read_foreign, read_parameters, write_png
 from sdkit.generation.provenance import with_parts

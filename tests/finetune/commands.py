@@ -1,7 +1,9 @@
 """Calling a training script as a command line does."""
 
 from collections.abc import Sequence
+from dataclasses import Field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +18,11 @@ def call(arguments: Sequence[object], program=app, status: int = 0) -> str:
         raise result.exception
     assert result.exit_code == status, result.output
     return result.output
+
+
+def flag(f: Field[Any]) -> str:
+    """The option of a dataclass' field as the help shows it: of a switch that is on, what switches it off."""
+    return f"--{'no-' if f.default is True else ''}{f.name.replace('_', '-')} "
 
 
 def two_pictures(folder: Path) -> Path:

@@ -34,7 +34,7 @@ from sdkit.checkpoints.textual_inversion import load_textual_inversion
 from sdkit.errors import ConfigError
 from tests.conftest import draw, read_image, relative_error
 from tests.finetune import tiny, toy
-from tests.finetune.commands import call
+from tests.finetune.commands import call, flag
 
 TOKEN = "<zorb>"
 CAPTIONS = ["a red <zorb>, on a table", "two <zorb> <ZORB>", "the <zorb>"]
@@ -285,8 +285,8 @@ def test_mistakes_and_help(pictures: Path, tmp_path: Path):
     assert "expected '<toy>' in each, found 'a red <zorb>'" in call((*run, "--token", "<toy>"), app, status=1)
     assert "found 'a cat'" in call((*run, "--instance-prompt", "a cat"), app, status=1)
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-    for name in [f.name for kind in (InversionModel, WordOptions, InversionTraining) for f in fields(kind)]:
-        assert f"--{name.replace('_', '-')} " in shown, name
+    for f in [f for kind in (InversionModel, WordOptions, InversionTraining) for f in fields(kind)]:
+        assert flag(f) in shown, f.name
 
 
 def test_files_are_named_after_the_token():

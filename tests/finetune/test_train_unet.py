@@ -12,7 +12,7 @@ from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
 from sdkit.errors import ConfigError
 from tests.finetune import toy
-from tests.finetune.commands import call
+from tests.finetune.commands import call, flag
 from tests.finetune.tiny import model
 
 
@@ -80,5 +80,5 @@ def test_the_untrained_copy_stays_and_shares_what_is_frozen():
 def test_help_has_every_option_in_its_panel():
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     assert "─ UNet ─" in shown
-    for name in [f.name for kind in (UNetModel, UNetOptions) for f in fields(kind)]:
-        assert f"--{name.replace('_', '-')} " in shown, name
+    for f in [f for kind in (UNetModel, UNetOptions) for f in fields(kind)]:
+        assert flag(f) in shown, f.name

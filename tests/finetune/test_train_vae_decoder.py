@@ -40,7 +40,7 @@ from sdkit.checkpoints.vae_file import load_vae_file, save_vae_file
 from sdkit.errors import CheckpointError, ConfigError
 from tests.conftest import draw, draw_weights, read_image
 from tests.finetune import toy
-from tests.finetune.commands import call
+from tests.finetune.commands import call, flag
 from tests.finetune.tiny import VAE, model
 from tests.finetune.vae_decoder.test_metrics import Inception
 from tests.finetune.vae_decoder.test_perceptual import files
@@ -358,7 +358,7 @@ def test_help_has_every_option_in_its_panel():
     for panel, kind in kinds.items():
         assert f"─ {panel} ─" in shown
         for f in fields(kind):
-            assert f"--{f.name.replace('_', '-')} " in shown, f.name
+            assert flag(f) in shown, f.name
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() ->
     count = torch.tensor([1] * 700 + [2] * 200 + [3] * 100)
     index = torch.cat([draw_pictures(by_count(count), step_generator(3, k)) for k in range(100)])
     drawn = count[index]
-    assert len(index.unique()) > 900  # each in a group as likely as another
+    assert len(index.unique()) > 860  # each in a group as likely as another
     shares = drawn.bincount(minlength=4)[1:] / len(drawn)
     assert torch.allclose(shares, torch.tensor(COUNTS), atol=0.03)  # 3 standard errors of 3200 draws
     t = torch.stack([draw_timesteps(1000, step_generator(4, k)) for k in range(300)])

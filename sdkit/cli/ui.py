@@ -64,6 +64,6 @@ def ui(
         model, vae, list(embedding), device, dtype, backend, graphs, prediction, zero_snr, text_encoder
     )
     none: Mapping[str, list[str]] = {}
-    page = serve(Studio(options.load(none), options.parts(none), known, output), port, browser)
+    page = serve(Studio(lambda: options.load(none), options.parts(none), known, output), port, browser)
     print(f"{page.local_url}  pictures go to {output}/; Ctrl-C ends it", flush=True)
     page.block_thread()

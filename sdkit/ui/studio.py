@@ -6,13 +6,13 @@ import hashlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from PIL import Image
@@ -95,13 +95,17 @@ class Network:
 class Studio:
     """A model, networks by their names (`find_networks`), and the folder that pictures are written to.
 
-    Methods may be called from several threads: one picture is made at a time.
+    Methods may be called from several threads: one picture is made at a time, by a thread that loads the model too. Of
+    all threads of a process OpenMP serves the first that asks best: a second one takes half as long again.
     """
 
-    def __init__(self, sd: StableDiffusion, parts: ModelParts, networks: Mapping[str, Network], output: Path) -> None:
-        self.sd, self.parts, self.networks, self.output = sd, parts, networks, output
+    def __init__(
+        self, load: Callable[[], StableDiffusion], parts: ModelParts, networks: Mapping[str, Network], output: Path
+    ) -> None:
+        self.parts, self.networks, self.output = parts, networks, output
+        self._worker = ThreadPoolExecutor(1)
+        self.sd = self._worker.submit(load).result()
         self._loaded: dict[str, tuple[AdapterKind, str]] = {}  # by its name here: its kind, its name in the model
-        self._busy = threading.Lock()
         output.mkdir(parents=True, exist_ok=True)
         self._inputs = output / "inputs"
 
@@ -125,20 +129,24 @@ class Studio:
         events: SimpleQueue[Frame | Drawn | Exception] = SimpleQueue()
         left = threading.Event()  # by the reader, who may have closed the page
 
-        def work() -> None:
-            def ended() -> bool:
-                return stop.is_set() or left.is_set()
+        def ended() -> bool:
+            return stop.is_set() or left.is_set()
 
+        def work() -> None:
             try:
                 events.put(self._make(asked, ended, lambda preview: events.put(self.frame(preview))))
             except Exception as error:
                 events.put(error)
 
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
+        work_in_hand = self._worker.submit(work)
         try:
             while True:
-                event = events.get()
+                try:
+                    event = events.get(timeout=0.05)
+                except Empty:
+                    if ended() and work_in_hand.cancel():  # it waits for another
+                        raise Stopped from None
+                    continue
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -146,36 +154,25 @@ class Studio:
                     return
         finally:
             left.set()
-            worker.join()
+            work_in_hand.cancel()
+            wait([work_in_hand])
 
     def _make(self, asked: Asked, ended: Callable[[], bool], show: Callable[[Preview], None]) -> Drawn:
         def watch(preview: Preview) -> Any:
             show(preview)
             return "stop" if ended() else None
 
-        with self._turn(ended):
-            started = time.perf_counter()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                output = self._run(asked, callback_on_preview=watch, **self._previews(asked))
-            if ended():
-                raise Stopped
-            seconds = time.perf_counter() - started
-            said = [str(warning.message) for warning in caught]
-            return Drawn(self._write(asked, output), output, seconds, list(dict.fromkeys(said)))
-
-    @contextmanager
-    def _turn(self, ended: Callable[[], bool]) -> Generator[None]:
-        """Wait until no other picture is made, or raise Stopped."""
-        while not self._busy.acquire(timeout=0.05):
-            if ended():
-                raise Stopped
-        try:
-            if ended():
-                raise Stopped
-            yield
-        finally:
-            self._busy.release()
+        if ended():
+            raise Stopped
+        started = time.perf_counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output = self._run(asked, callback_on_preview=watch, **self._previews(asked))
+        if ended():
+            raise Stopped
+        seconds = time.perf_counter() - started
+        said = [str(warning.message) for warning in caught]
+        return Drawn(self._write(asked, output), output, seconds, list(dict.fromkeys(said)))
 
     def _run(self, asked: Asked, **more: Any) -> Output:
         """The task, with the networks that are asked for and no others."""

@@ -33,4 +33,4 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def studio(tmp_path: Path, networks: Path) -> Studio:
-    return Studio(model(), ModelParts("tiny"), find_networks(networks), tmp_path / "out")
+    return Studio(model, ModelParts("tiny"), find_networks(networks), tmp_path / "out")

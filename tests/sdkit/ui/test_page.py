@@ -31,7 +31,7 @@ from tests.sdkit.tiny import model
 import json, sys
 from pathlib import Path
 
-studio = Studio(model(), ModelParts("tiny"), find_networks(Path(sys.argv[1])), Path(sys.argv[2]))
+studio = Studio(model, ModelParts("tiny"), find_networks(Path(sys.argv[1])), Path(sys.argv[2]))
 fields = Page(studio).fields
 json.dump([{n: (c.label, c.value) for n, c in fields.items()}, defaults(studio)], sys.stdout)
 """  # in a process of its own: gradio leaves an event loop open, which our tests take for an error

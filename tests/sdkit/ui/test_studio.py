@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_the_tasks_are_those_of_the_unet(tmp_path: Path) -> None:
         (9, ["inpaint"]),
         (5, ["depth_to_image"]),
     ):
-        assert Studio(model(channels=channels), ModelParts("tiny"), {}, tmp_path).tasks == tasks
+        assert Studio(partial(model, channels=channels), ModelParts("tiny"), {}, tmp_path).tasks == tasks
 
 
 def test_a_picture_says_what_was_asked_for_and_what_is_not_followed(studio: Studio, tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from sdkit.stable_diffusion import StableDiffusion
 
+USELESS = ("strip", "attention_map", "preview_every")
+"""Parameters of a picture that a sheet has no use for."""
+
 Vary = Annotated[
     list[str],
     typer.Option(
@@ -41,7 +44,7 @@ def grid_command() -> Callable[..., None]:
     """The command, as typer takes it: all options of txt2img, and --vary."""
     default: list[str] = []
     vary = inspect.Parameter("vary", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Vary)
-    command = picture_command(TASKS["text_to_image"], draw_grid, {"vary": vary})
+    command = picture_command(TASKS["text_to_image"], draw_grid, {"vary": vary}, USELESS)
     command.__name__ = "grid"
     command.__doc__ = "Draw a prompt over the values of options, as a labelled sheet; or --num pictures as one."
     return command
@@ -57,7 +60,8 @@ def draw_grid(given: Given, vary: Sequence[str]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     images: dict[tuple[int, ...], Image.Image] = {}
-    bar = tqdm(total=len(cells), unit="picture", disable=not sys.stderr.isatty())
+    shown = given.arguments["progress"] and sys.stderr.isatty()
+    bar = tqdm(total=len(cells), unit="picture", disable=not shown)
     for sd, place, cell in _by_model(cells):
         arguments = cell.arguments | {"num_images_per_prompt": 1, "preview_every": 0, "progress": False}
         images[place] = getattr(sd, cell.task.method)(**arguments).images[0]
@@ -77,11 +81,6 @@ def _axes(given: Given, vary: Sequence[str]) -> tuple[list[Axis], Given]:
         raise ConfigError("--vary: expected OPTION=VALUE,… or --num above 1, found neither")
     if vary and num != 1:
         raise ConfigError(f"--num: not beside --vary; --vary seed=1..{num} draws as many")
-    for option in ("strip", "attention_map"):
-        if getattr(given.output, option):
-            raise ConfigError(f"--{option.replace('_', '-')}: sdkit grid has no use for it")
-    if given.arguments.pop("preview_every"):
-        raise ConfigError("--preview-every: sdkit grid has no use for it")
 
     if given.arguments.get("seed") is None:  # one for all cells
         given = replace(given, arguments=given.arguments | {"seed": secrets.randbelow(2**31)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -130,11 +130,15 @@ class Given:
 
 
 def picture_command(
-    task: TaskKind, run: Callable[..., None], more: Mapping[str, inspect.Parameter] = {}
+    task: TaskKind,
+    run: Callable[..., None],
+    more: Mapping[str, inspect.Parameter] = {},
+    without: Collection[str] = (),
 ) -> Callable[..., None]:
     """The command of a task, as typer takes it: a function whose signature has an option for each declaration.
 
-    run: gets what was given, sorted, and the values of the options ``more`` by their names.
+    run: gets what was given, sorted, and the values of the options ``more`` by their names. without: the parameters
+    that the command does not have.
     """
     names = argument_names(task)
     parameters: dict[str, inspect.Parameter] = {"prompt": _parameter("prompt", PromptArgument, inspect.Parameter.empty)}
@@ -158,12 +162,12 @@ def picture_command(
         hints, values = get_type_hints(group, include_extras=True), vars(group())
         parameters |= {n: _parameter(n, hints[n], list(v) if v == () else v) for n, v in values.items()}
 
-    parameters |= more
+    parameters = {name: own for name, own in parameters.items() if name not in without} | more
 
     def command(**values: Any) -> None:
         others = {name: values.pop(name) for name in more}
         model = ModelOptions(**{f.name: values.pop(f.name) for f in fields(ModelOptions)})
-        output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions)})
+        output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions) if f.name in values})
         adapters = {kind.name: list(values.pop(kind.name)) for kind in adapter_kinds()}
         arguments = {names[flag]: _plain(value) for flag, value in values.items()}
         if arguments["guidance_interval"] is not None:

@@ -106,7 +106,7 @@ def test_what_was_drawn_before_an_error_is_there(run: Run, fake: Fake, monkeypat
         (("--vary", "steps=4,many"), "steps"),
         (("--vary", "seed=1,2", "--vary", "seed=3"), "--vary: expected each option once, found seed, seed"),
         (("--vary", "seed=1,2", "--num", "3"), "--num: not beside --vary; --vary seed=1..3 draws as many"),
-        (("--vary", "seed=1,2", "--strip"), "--strip: sdkit grid has no use for it"),
+        (("--vary", "seed=1,2", "--strip"), "No such option: --strip"),
         (("--vary", "a=1", "--vary", "b=1", "--vary", "c=1", "--vary", "d=1"), "--vary: expected at most 3 of them"),
         (("--vary", "num=1,2"), "found 'num'"),
     ],
@@ -116,6 +116,12 @@ def test_what_is_no_grid_is_refused_before_the_model_is_loaded(
 ) -> None:
     status, _, err = run("grid", "x", *arguments)
     assert status != 0 and message in err and not fake.loaded and not Path("grid.png").exists()
+
+
+def test_help_has_no_option_that_a_sheet_has_no_use_for(run: Run) -> None:
+    status, text, _ = run("grid", "--help")
+    assert status == 0 and "--vary" in text and "--out" in text
+    assert not any(option in text for option in ("--strip", "--attention-map", "--preview-every"))
 
 
 def test_an_empty_place_stays_paper() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -16,6 +17,9 @@ from sdkit.images.depth import DepthSource, read_depth
 from sdkit.images.inputs import Pictures, paths_of, picture_tensors
 from sdkit.images.masks import read_masks
 from sdkit.images.pixels import check_size
+
+FAR = 2.5
+"""How many times larger or smaller than in training an area is, for a picture's size to be called far from it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,19 @@ def text_task(model: DiffusionModel, settings: Settings, hires: Hires | None) ->
     width = columns if settings.width is None else settings.width
 
     check_size(width, height, model.vae.config.factor)
+    _warn_of_strange_size(model, width, height)
     return Task("text_to_image", height, width, hires=hires)
+
+
+def _warn_of_strange_size(model: DiffusionModel, width: int, height: int) -> None:
+    """Warn where a model that says what size it was made for is asked for one far from it."""
+    rows, columns = model.picture_size
+    area = width * height / (rows * columns)
+    if model.unet.config.sample_size is None or 1 / FAR <= area <= FAR:
+        return
+
+    likely = "objects may repeat; hires_scale draws at that size first" if area > 1 else "so small it may show nothing"
+    warnings.warn(f"{width} x {height}: the model was made for {columns} x {rows}; {likely}", stacklevel=2)
 
 
 def image_task(

@@ -1,5 +1,6 @@
 """The image tasks, batches and the second stage: against diffusers' pipelines and against what they are to mean."""
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -261,7 +262,8 @@ def test_the_second_stage_enlarges_the_latents_and_runs_a_part_of_the_schedule(s
     assert torch.equal(sd.text_to_image("a cat", hires_strength=0, **hires).latents, large)
     generator = torch.Generator().manual_seed(9)
     _, noise = (torch.randn(1, 4, side, side, generator=generator) for side in (8, 16))
-    fresh = sd.text_to_image("a cat", latents=noise, height=64, width=64, **QUICK | {"output_type": "latent"})
+    with pytest.warns(UserWarning, match="64 x 64: the model was made for 32 x 32; objects may repeat"):
+        fresh = sd.text_to_image("a cat", latents=noise, height=64, width=64, **QUICK | {"output_type": "latent"})
     assert relative_error(sd.text_to_image("a cat", hires_strength=1, **hires).latents, fresh.latents) < 1e-5
     out = sd.text_to_image("a cat", hires_strength=0.5, hires_steps=6, **hires)
     context, _ = encode_prompts(sd.tokenizer, sd.text_encoder, ["a cat"], None)
@@ -271,6 +273,17 @@ def test_the_second_stage_enlarges_the_latents_and_runs_a_part_of_the_schedule(s
     assert relative_error(out.latents, expected) < 1e-5 and out.num_steps_run == 4 + 3
     stopped = sd.text_to_image("a cat", callback_on_step_end=lambda *call: "stop" if call[1] == 1 else None, **hires)
     assert stopped.latents.shape == base.shape and stopped.num_steps_run == 2
+
+
+def test_a_size_far_from_the_models_own_is_warned_of(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is made for 32 x 32; half as large again on both sides is near enough."""
+    for side in (24, 48):
+        sd.text_to_image("a cat", height=side, width=side, **QUICK)
+    with pytest.warns(UserWarning, match="16 x 16: the model was made for 32 x 32; so small it may show nothing"):
+        sd.text_to_image("a cat", height=16, width=16, **QUICK)
+
+    monkeypatch.setattr(sd.unet, "config", replace(sd.unet.config, sample_size=None))
+    sd.text_to_image("a cat", height=64, width=64, **QUICK)
 
 
 def test_previews_are_shown_as_they_are_made_and_may_stop_the_run(sd: StableDiffusion) -> None:

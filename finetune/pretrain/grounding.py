@@ -36,6 +36,13 @@ class Places(NamedTuple):
     cover: Tensor
 
 
+def of_samples(places: Places, own: Tensor) -> Places:
+    """The places in some samples of a batch, int64 [M], which are numbered anew in this order."""
+    same = places.sample[:, None] == own
+    kept = same.any(1)
+    return Places(same[kept].int().argmax(1), places.token[kept], places.cover[kept])
+
+
 def find_places(tokenizer: CLIPTokenizer, texts: Sequence[str], scenes: Scenes, cover: Tensor, seen: Tensor) -> Places:
     """The colours' words and the nouns of captions of these scenes.
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import sdkernels
 from finetune.pretrain.clip import load_text_encoder, tokenize
-from finetune.pretrain.grounding import Places, attention_of, find_places, grounding_loss
+from finetune.pretrain.grounding import Places, attention_of, find_places, grounding_loss, of_samples
 from finetune.pretrain.own_pictures import TrainingPictures, image_folder
 from finetune.pretrain.recipe import Recipe, autocast, is_main_process, main_process_first, train_on_the_cpu
 from finetune.pretrain.world.pictures import SCENES, SCENES_HELP, SIZE, Pictures, training_pictures
@@ -130,6 +130,15 @@ class Batch(NamedTuple):
     places: Places | None = None
 
 
+class Prediction(NamedTuple):
+    """A batch's loss, a scalar; the text encoder's last hidden state [B, N, D]; the probabilities of `attention_of`,
+    none for a batch without places."""
+
+    loss: Tensor
+    hidden: Tensor
+    probabilities: list[Tensor]
+
+
 class PredictorLoss(nn.Module):
     """forward(batch) -> the prediction's weighted error + how far the text's pooled output is from that of ``anchor`` +
     how much words are looked at from elsewhere than their objects.
@@ -151,6 +160,10 @@ class PredictorLoss(nn.Module):
         self.alphas = schedule.alphas_cumprod.float()
 
     def forward(self, batch: Batch) -> Tensor:
+        return self.predict(batch).loss
+
+    def predict(self, batch: Batch) -> Prediction:
+        """The loss, and what the networks had to say on the way."""
         kind = self.schedule.prediction_type
         x_t, target = sdkernels.add_noise(batch.x0, batch.noise, batch.t, self.alphas, kind)
         ids, end = batch.ids, int(batch.ids[0, -1])
@@ -168,7 +181,7 @@ class PredictorLoss(nn.Module):
         loss = loss + ANCHOR * F.mse_loss(summary.float(), wanted.float())
         if batch.places is not None:  # in noise alone nobody can know where objects are
             loss = loss + GROUNDING * grounding_loss(probabilities, batch.places, self.alphas[batch.t])
-        return loss
+        return Prediction(loss, hidden, probabilities)
 
 
 def loss_weight(schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -218,13 +231,15 @@ class Draws:
         return Batch(x0, noise, draw_timesteps(SCHEDULER["num_train_timesteps"], rng), ids, seen, places)
 
 
+def rows_of(batch: Batch, own: Tensor) -> Batch:
+    """Some samples of a batch, int64 [M]."""
+    places = None if batch.places is None else of_samples(batch.places, own)
+    return Batch(batch.x0[own], batch.noise[own], batch.t[own], batch.ids[own], batch.seen[own], places)
+
+
 def share(batch: Batch, process: int, processes: int) -> Batch:
     """What one of several processes trains on: every ``processes``-th sample."""
-    own, places = torch.arange(process, BATCH, processes), batch.places
-    if places is not None:
-        kept = places.sample % processes == process
-        places = Places(places.sample[kept] // processes, places.token[kept], places.cover[kept])
-    return Batch(batch.x0[own], batch.noise[own], batch.t[own], batch.ids[own], batch.seen[own], places)
+    return rows_of(batch, torch.arange(process, len(batch.t), processes))
 
 
 def by_count(count: Tensor) -> list[Tensor]:
@@ -269,7 +284,7 @@ def sample_sheet(
     return contact_sheet([enlarged(p, 128) for p in to_pil(pictures)], 8, [p or UNTOLD for p in prompts])
 
 
-def untrained(work: Path, init: Path | None, schedule: NoiseSchedule, side: int) -> PredictorLoss:
+def networks(work: Path, init: Path | None, schedule: NoiseSchedule, side: int) -> PredictorLoss:
     """A new UNet for latents of ``side`` with the text encoder of `clip`, or both as they are in the model ``init``."""
     anchor = load_text_encoder(work / "clip").eval()
     anchor.set_attn_implementation("eager")  # the flash kernel's backward is slow in bfloat16 on a CPU
@@ -331,7 +346,7 @@ def main(
     tokenizer = load_tokenizer(work / "clip" / "tokenizer")
 
     # Training.
-    loss = untrained(work, init, schedule, latents.shape[-1])
+    loss = networks(work, init, schedule, latents.shape[-1])
     prompts = PROMPTS if data is None else pictures.captions(torch.arange(min(16, len(pictures))), seed=0)
     recipe = Recipe(
         max_train_steps=steps,

@@ -279,7 +279,7 @@ def siblings(scenes: Scenes, seed: int | torch.Generator) -> Scenes:
     n = len(scenes)
     slot = (torch.rand(n, generator=g) * scenes.count).long()
 
-    edits = [_swap(scenes, "color"), _swap(scenes, "shape"), _swap(scenes, "position")]
+    edits = [_swap(scenes, "color"), _swap(scenes, "shape"), exchanged(scenes)[0]]
     edits += [_other_pair(scenes, slot, "color", g), _other_pair(scenes, slot, "shape", g)]
     edits += [_toggle(scenes, slot, "size"), _toggle(scenes, slot, "material")]
     table = (scenes.table + torch.randint(1, len(TABLES), (n,), generator=g)) % len(TABLES)
@@ -293,6 +293,13 @@ def siblings(scenes: Scenes, seed: int | torch.Generator) -> Scenes:
         return torch.stack([getattr(edit, name) for edit in edits])[choice, torch.arange(n)]
 
     return Scenes(*(pick(f.name) for f in fields(Scenes)))
+
+
+def exchanged(scenes: Scenes) -> tuple[Scenes, Tensor]:
+    """The scenes with the places of their first two objects exchanged, and in which of them that is possible, bool [B]:
+    they stay ``valid`` and say something else."""
+    after = _swap(scenes, "position")
+    return after, _is_edit(scenes, after)
 
 
 def _swap(scenes: Scenes, name: str) -> Scenes:

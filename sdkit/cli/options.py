@@ -162,7 +162,7 @@ def picture_command(
         hints, values = get_type_hints(group, include_extras=True), vars(group())
         parameters |= {n: _parameter(n, hints[n], list(v) if v == () else v) for n, v in values.items()}
 
-    parameters = {name: own for name, own in parameters.items() if name not in without} | more
+    parameters = {name: own for name, own in parameters.items() if name not in without} | dict(more)
 
     def command(**values: Any) -> None:
         others = {name: values.pop(name) for name in more}

@@ -52,7 +52,16 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal. Raises SDKitError when it cannot be read."""
+    """The SHA-256 of a file's bytes, in hexadecimal; of a folder's that of the names and hashes of all files in it.
+
+    Raises SDKitError when one cannot be read.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        lines = [f"{name} {file_hash(folder / name)}\n" for name in names]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

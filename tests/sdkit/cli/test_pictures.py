@@ -8,8 +8,10 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -18,6 +20,7 @@ from sdkit import adapter_kinds
 from sdkit.adapter_kinds import AdapterKind
 from sdkit.cli import main as cli
 from sdkit.generation.png import read_parameters, write_png
+from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import read_image
 from tests.sdkit.cli.conftest import FakeStableDiffusion, Run
 from tests.sdkit.generation.test_comfyui import FACTS, WORKFLOW
@@ -103,6 +106,25 @@ def test_image_tasks_end_to_end_and_again(run: Run, tiny: Path) -> None:
     Path("a.png").unlink()
     status, _, err = run("reproduce", "b.png", "again.png", "--device", "cpu")
     assert status == 1 and "a.png: no such file" in err and not Path("again.png").exists()
+
+
+def test_a_lora_may_be_a_folder_of_peft(run: Run, tiny: Path) -> None:
+    """And its picture is known by all that is in the folder."""
+    network = StableDiffusion.from_pretrained(tiny, device="cpu").unet
+    config = peft.LoraConfig(r=2, target_modules=r".*attn2\.to_k", init_lora_weights=False)
+    peft.get_peft_model(cast("Any", network), config).save_pretrained("ink")
+
+    common = ("--model", tiny, "--device", "cpu", "--steps", "2", "--seed", "4")
+    for name, more in (("plain.png", ()), ("inked.png", ("--lora", "ink:0.8"))):
+        status, _, err = run("txt2img", "a cat", *common, "--out", name, *more)
+        assert status == 0, err
+    assert not np.array_equal(np.asarray(read_image("plain.png")), np.asarray(read_image("inked.png")))
+
+    assert run("reproduce", "inked.png", "again.png", "--device", "cpu")[0] == 0
+    assert np.array_equal(np.asarray(read_image("again.png")), np.asarray(read_image("inked.png")))
+    Path("ink/adapter_config.json").write_text(Path("ink/adapter_config.json").read_text().replace('"r": 2', '"r": 3'))
+    status, _, err = run("reproduce", "inked.png", "again.png", "--device", "cpu")
+    assert status == 1 and "ink: not the file that made inked.png" in err
 
 
 def save_with(name: str, **texts: str) -> None:

@@ -58,6 +58,15 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert file_hash(file) == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(SDKitError, match=r"b\.png: no such file"):
         file_hash(tmp_path / "b.png")
+
+    (tmp_path / "deep").mkdir()
+    whole = file_hash(tmp_path)
+    (tmp_path / "deep" / "c.png").write_bytes(b"")
+    assert file_hash(tmp_path) != whole and file_hash(tmp_path / "deep") != hashlib.sha256(b"").hexdigest()
+    (tmp_path / "deep" / "c.png").rename(tmp_path / "deep" / "d.png")
+    named = file_hash(tmp_path)
+    (tmp_path / "deep" / "d.png").unlink()
+    assert named != whole == file_hash(tmp_path)
     sources = [str(file), file, picture(), np.zeros((4, 4)), torch.zeros(2, 3, 4, 4)]
     assert paths_of(sources) == [str(file), str(file), None, None, None, None]
     assert paths_of(torch.zeros(3, 4, 4)) == [None]

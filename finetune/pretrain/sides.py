@@ -7,11 +7,14 @@ each is taught what the other one waits for:
 
 1. The text encoder, alone: the vectors of the object that a caption names second say on which side of the first it
    stands. Those of the first cannot, as a token knows only of those before it.
-2. Both networks: every scene has beside it the same scene with its two objects' places exchanged, under the same noise,
-   so that it is the side's word alone that tells the two targets apart. At every level of noise the words of the second
-   object are to be looked at from its half of the picture, and the middle block is to say where in its row a cell is.
+2. Both networks: every scene of two objects has beside it the same scene with their places exchanged, under the same
+   noise, so that it is the relation's word alone that tells the two targets apart. At every level of noise the words of
+   an object that is named second and stands left or right are to be looked at from that half of the picture, and the
+   middle block is to say where in its row a cell is.
 
-What reads the side from the vectors and the place from the middle block are two linear maps, which are dropped.
+What reads the side from the vectors and the place from the middle block are two linear maps, which are dropped. Scenes
+in front and behind are among the pairs, too: without them 800 steps made left and right right in 98 % of pictures, and
+in front and behind, which had been right in 96 %, in 65 %.
 """
 
 from __future__ import annotations
@@ -68,20 +71,20 @@ if TYPE_CHECKING:
 SCENE_SEED, TEXT_SEED, TEST_SEED = 7_000_001, 7_500_001, 7_900_001
 TEXT_RUN, RUN = 11, 12  # numbers of the runs, for `step_generator`
 SIDEWAYS = ("left", "right")
-PAIRS, ORDINARY = 6, 4  # scenes of a batch that are there twice, and pictures of the ordinary training
+PAIRS, ORDINARY = 8, 4  # scenes of a batch that are there twice, and pictures of the ordinary training
 TEXT_BATCH = 96
 NOISY = 0.55  # part of the schedule from which on the scenes of pairs are noised
 PLAIN = 0.5  # share of captions as `pair_prompt` has them
 KEPT, HALVES, SIDES, ROWS = 1.0, 0.3, 0.1, 0.05  # weights of the text encoder's old vectors, and of what is read
-UNSEEN = 600  # scenes of two objects to measure with, of which a third will do
+UNSEEN = 200  # scenes of two objects to measure with
 SHARPNESS = 2.0  # of the logits of a side
 
 
 # Scenes and what is said of them
 
 
-class Sided(NamedTuple):
-    """Scenes of two objects side by side, then the same with their places exchanged; latents float16 [2P, 4, h, w] and
+class Pairs(NamedTuple):
+    """Scenes of two objects, then the same with their places exchanged; latents float16 [2P, 4, h, w] and
     cover uint8 [2P, 3, GRID, GRID] of their renders."""
 
     scenes: Scenes
@@ -89,33 +92,33 @@ class Sided(NamedTuple):
     cover: Tensor
 
     @property
-    def pairs(self) -> int:
+    def number(self) -> int:
+        """How many pairs there are."""
         return len(self.scenes) // 2
 
 
-def sided_scenes(count: int, seed: int) -> Scenes:
-    """Of ``count`` scenes of two objects those that stand side by side and may change places; then after the change."""
+def paired_scenes(count: int, seed: int) -> Scenes:
+    """Of ``count`` scenes of two objects those that may change places; then the same after the change."""
     scenes = sample_scenes(count, seed, counts=(0.0, 1.0, 0.0))
-    scenes = scenes[torch.tensor([side in SIDEWAYS for side in _first_to_second(scenes)])]
     after, possible = exchanged(scenes)
     return Scenes.cat([scenes[possible], after[possible]])
 
 
 @torch.no_grad()
-def render_sided(vae: AutoencoderKL, count: int, seed: int, size: int) -> Sided:
-    """`sided_scenes` and their renders of ``size`` pixels."""
-    scenes = sided_scenes(count, seed)
+def render_pairs(vae: AutoencoderKL, count: int, seed: int, size: int) -> Pairs:
+    """`paired_scenes` and their renders of ``size`` pixels."""
+    scenes = paired_scenes(count, seed)
     latents: list[Tensor] = []
     cover: list[Tensor] = []
     for index in tqdm(torch.arange(len(scenes)).split(64), desc="render", mininterval=5.0):
         rendered = render(scenes[index], size, chunk=64)
         latents.append(scaled_latents(vae, from_bytes(to_bytes(rendered.images))).half())
         cover.append(to_bytes(covered(rendered.masks)))
-    return Sided(scenes, torch.cat(latents), torch.cat(cover))
+    return Pairs(scenes, torch.cat(latents), torch.cat(cover))
 
 
-def sided_captions(pairs: Scenes, seed: int) -> list[str]:
-    """A caption of each scene; of two that follow each other the captions differ in the side alone."""
+def pair_captions(pairs: Scenes, seed: int) -> list[str]:
+    """A caption of each scene; of two that follow each other the captions differ in the relation alone."""
     rng, texts = random.Random(seed), list[str]()
     sides = _first_to_second(pairs)
     for i in range(0, len(pairs), 2):
@@ -266,28 +269,28 @@ class SidedLoss(nn.Module):
 
 @dataclass(frozen=True)
 class SidedDraws:
-    """The batches of a run: ORDINARY pictures, then PAIRS scenes of ``sided``, each beside its exchanged one."""
+    """The batches of a run: ORDINARY pictures, then PAIRS scenes of ``pairs``, each beside its exchanged one."""
 
     ordinary: Draws
-    sided: Sided
+    pairs: Pairs
 
     def __call__(self, step: int) -> SidedBatch:
         """Step ``step``'s batch."""
         rng = step_generator(RUN, step)
         ordinary, tokenizer = rows_of(self.ordinary(step), torch.arange(ORDINARY)), self.ordinary.tokenizer
 
-        which = torch.randint(self.sided.pairs, (PAIRS,), generator=rng)
-        index = torch.stack([which, which + self.sided.pairs], 1).flatten()
-        x0 = self.sided.latents[index].float()
+        which = torch.randint(self.pairs.number, (PAIRS,), generator=rng)
+        index = torch.stack([which, which + self.pairs.number], 1).flatten()
+        x0 = self.pairs.latents[index].float()
         noise = torch.randn(PAIRS, *x0.shape[1:], generator=rng).repeat_interleave(2, 0)
         even = (torch.randperm(PAIRS, generator=rng) + torch.rand(PAIRS, generator=rng)) / PAIRS
         t = (1000 * (NOISY + (1 - NOISY) * even)).long().clamp(max=999).repeat_interleave(2)
 
-        scenes = self.sided.scenes[index]
-        texts = sided_captions(scenes, seed=int(torch.randint(2**31, (), generator=rng)))
+        scenes = self.pairs.scenes[index]
+        texts = pair_captions(scenes, seed=int(torch.randint(2**31, (), generator=rng)))
         ids = tokenize(tokenizer, texts, None)
         seen = torch.ones(ids.shape, dtype=torch.bool)
-        places = find_places(tokenizer, texts, scenes, self.sided.cover[index], seen)
+        places = find_places(tokenizer, texts, scenes, self.pairs.cover[index], seen)
         halves = find_halves(tokenizer, texts, scenes)
         batch = joined(ordinary, Batch(x0, noise, t, ids, seen, places))
         return SidedBatch(batch, halves._replace(sample=halves.sample + ORDINARY))
@@ -317,12 +320,12 @@ def share_of_sided(sided: SidedBatch, process: int, processes: int) -> SidedBatc
 
 
 @torch.no_grad()
-def told_apart(loss: PredictorLoss, tokenizer: CLIPTokenizer, sided: Sided, t: int) -> float:
-    """Of how many noised renders the prediction is better with the true side than with the other, in per cent (chance:
-    50)."""
+def told_apart(loss: PredictorLoss, tokenizer: CLIPTokenizer, pairs: Pairs, t: int) -> float:
+    """Of how many noised renders the prediction is better with the true relation than with the opposite, in per cent
+    (chance: 50)."""
     right = 0
-    for index in torch.arange(len(sided.scenes)).split(50):
-        scenes, x0 = sided.scenes[index], sided.latents[index].float()
+    for index in torch.arange(len(pairs.scenes)).split(50):
+        scenes, x0 = pairs.scenes[index], pairs.latents[index].float()
         noise = torch.randn(x0.shape, generator=step_generator(RUN, 0))
         times = torch.full((len(index),), t)
         x_t, target = sdkernels.add_noise(x0, noise, times, loss.alphas, loss.schedule.prediction_type)
@@ -330,14 +333,14 @@ def told_apart(loss: PredictorLoss, tokenizer: CLIPTokenizer, sided: Sided, t: i
         errors: list[Tensor] = []
         for other in (False, True):
             texts = [
-                plain_caption(scenes[i : i + 1], OPPOSITE[side] if other else side)
-                for i, side in enumerate(_first_to_second(scenes))
+                plain_caption(scenes[i : i + 1], OPPOSITE[relation] if other else relation)
+                for i, relation in enumerate(_first_to_second(scenes))
             ]
             ids = tokenize(tokenizer, texts, loss.text_encoder.config.max_position_embeddings)
             prediction = loss.unet(x_t, times, loss.text_encoder(input_ids=ids).last_hidden_state)
             errors.append((prediction.float() - target).square().mean((1, 2, 3)))
         right += int((errors[0] < errors[1]).sum())
-    return 100 * right / len(sided.scenes)
+    return 100 * right / len(pairs.scenes)
 
 
 def main(
@@ -346,10 +349,10 @@ def main(
     ),
     init: Annotated[Path | None, typer.Option(help="The model that learns; default: WORK/model.")] = None,
     scenes: Annotated[int, typer.Option(help="Ordinary scenes to render; half as many siblings more.", min=64)] = 6_000,
-    pairs: Annotated[int, typer.Option(help="Scenes of two objects to draw; a third will do.", min=64)] = 9_000,
+    pairs: Annotated[int, typer.Option(help="Scenes of two objects; not all may change places.", min=64)] = 6_000,
     size: Annotated[int, typer.Option(help="Width and height of the pictures.", min=16)] = SIZE,
     text_steps: Annotated[int, typer.Option(help="Steps of the text encoder alone.", min=1)] = 600,
-    steps: Annotated[int, typer.Option(help="Then steps of both networks, of 16 pictures.", min=1)] = 800,
+    steps: Annotated[int, typer.Option(help="Then steps of both networks, of 20 pictures.", min=1)] = 800,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of the UNet.")] = 5e-4,
 ) -> None:
     """Teach it and write the model to WORK/sides/model; a killed run goes on where it stopped."""
@@ -360,14 +363,14 @@ def main(
     vae, tokenizer = model.vae, model.tokenizer
 
     # Pictures as latents.
-    kept = folder / f"sided-{pairs}-{size}.pt"
+    kept = folder / f"pairs-{pairs}-{size}.pt"
     with main_process_first():
         pictures = training_pictures(work, scenes, scenes // 2, size)
         latents = encoded(vae, pictures, folder)
         if not kept.exists():
             with replacing(kept) as temporary:
-                torch.save(render_sided(vae, pairs, SCENE_SEED, size)[1:], temporary)
-    sided = Sided(sided_scenes(pairs, SCENE_SEED), *torch.load(kept, weights_only=True))
+                torch.save(render_pairs(vae, pairs, SCENE_SEED, size)[1:], temporary)
+    exchanges = Pairs(paired_scenes(pairs, SCENE_SEED), *torch.load(kept, weights_only=True))
     predictor = networks(work, init, model.schedule, latents.shape[-1])
 
     # The text encoder alone.
@@ -395,7 +398,7 @@ def main(
     length = predictor.anchor.config.max_position_embeddings
     trained = train_on_the_cpu(
         loss,
-        SidedDraws(Draws(pictures, latents, tokenizer, length), sided),
+        SidedDraws(Draws(pictures, latents, tokenizer, length), exchanges),
         recipe,
         folder / "both",
         share=share_of_sided,
@@ -406,11 +409,11 @@ def main(
     # The model.
     if not is_main_process():
         return
-    unseen = render_sided(vae, UNSEEN, TEST_SEED, size)
+    unseen = render_pairs(vae, UNSEEN, TEST_SEED, size)
     with in_place_of(loss, trained.average.values) if trained.average else nullcontext():
         for t in (700, 850):
             share_right = told_apart(predictor, tokenizer, unseen, t)
-            print(f"the side makes the prediction better in {share_right:.1f} % of unseen renders at t = {t}")
+            print(f"the relation makes the prediction better in {share_right:.1f} % of unseen renders at t = {t}")
         parts = model.components
         taught = Components(predictor.unet, vae, predictor.text_encoder, tokenizer, parts.scheduler_config)
         loading.save(taught, folder / "model", dtype=torch.float16)

@@ -1,7 +1,8 @@
 """Measure a tabletop model with the probe and write its model card: ``python -m finetune.pretrain.evaluate MODEL``.
 
 Prompts are captions of fresh scenes. A single object counts as right when colour and shape of the object that the probe
-is surest of are those of the prompt; two objects when both are among what the probe sees.
+is surest of are those of the prompt; two objects when both are among what the probe sees. A seed takes a quarter of an
+hour on two cores, and its figures are written at once: a run that was killed goes on with the next one.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from tqdm import tqdm
 from finetune.pretrain import word_attention
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import build, of_towers
-from finetune.pretrain.probe import Probe, Verdict, accuracy, load_probe, look
+from finetune.pretrain.probe import WEIGHTS, Probe, Verdict, accuracy, load_probe, look
 from finetune.pretrain.world.captions import NUMBERS, WORDS, captions, group_prompt, pair_prompt
 from finetune.pretrain.world.scenes import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES, TABLES, Scenes, sample_scenes
 from sdkit.checkpoints.loading import MODELS
-from sdkit.files import replace_section, section, write_text
+from sdkit.files import file_hash, replace_section, section, write_text
 from sdkit.images.sheet import contact_sheet, enlarged
 from sdkit.stable_diffusion import StableDiffusion
 
@@ -231,37 +232,56 @@ def main(
     card: Annotated[bool, typer.Option(help="Write the table and the grid into the model's README.md.")] = True,
 ) -> None:
     """Measure the model; with --card, write README.md's table, grid.png and results.json in its folder."""
-    readme = model / "README.md"
+    readme, file = model / "README.md", model / "results.json"
     if card:
         section(readme, SECTION)  # that it has one is known before hours have passed
 
+    # What is measured for each seed.
     sd, probe = StableDiffusion.from_pretrained(model, device="cpu"), load_probe()
-    chosen = [1_000 * (k + 1) for k in range(seeds)]
-    runs: list[dict[str, float]] = []
+    measured = {"guidance": guidance, "steps": steps, "files": files_of(model)}
+    chosen, runs = [1_000 * (k + 1) for k in range(seeds)], runs_of(file, measured) if card else {}
     for seed in chosen:
-        runs.append(measure(sd, probe, seed, guidance, steps))
-        print(table(runs[-1:], [seed]), flush=True)
+        if seed not in runs:
+            runs[seed] = measure(sd, probe, seed, guidance, steps)
+        print(table([runs[seed]], [seed]), flush=True)
+        if card:
+            results = {"settings": measured | machine(), "seeds": [*runs], "runs": [*runs.values()]}
+            write_text(file, json.dumps(results, indent=1))
 
+    # And what is measured once.
     clip, tokenizer = reconstruct_clip(model)
     once = {"VAE: PSNR of unseen renders, dB": mean_psnr(sd.vae, unseen_renders())}
     once |= {f"{name} look at their objects: scenes, per cent": v for name, v in word_attention.measure(sd).items()}
     once |= {f"CLIP: {name}, per cent": value for name, value in of_towers(clip, tokenizer).items()}
     once |= {f"probe on unseen renders: {name}, per cent": value for name, value in accuracy(probe).items()}
-    text = table(runs, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())
+    rows = [runs[seed] for seed in chosen]
+    text = table(rows, chosen) + "\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v:.2f} |" for k, v in once.items())
     print(text)
 
     if not card:
         return
     draw_grid(sd, guidance, steps).save(model / "grid.png", optimize=True)
-    facts = {
-        "guidance": guidance,
-        "steps": steps,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-    results = {"settings": facts, "seeds": chosen, "runs": runs} | once
-    write_text(model / "results.json", json.dumps(results, indent=1))
+    write_text(file, json.dumps({"settings": measured | machine(), "seeds": chosen, "runs": rows} | once, indent=1))
     replace_section(readme, SECTION, text)
+
+
+def files_of(model: Path) -> dict[str, str]:
+    """The hashes of what is measured and of what measures it."""
+    parts = {name: file_hash(model / name) for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+    return parts | {"probe": file_hash(WEIGHTS)}
+
+
+def runs_of(file: Path, measured: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """The figures by seed of an earlier run that has measured the same."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if {name: found.get("settings", {}).get(name) for name in measured} != measured:
+        return {}
+    return dict(zip(found["seeds"], found["runs"], strict=True))
+
+
+def machine() -> dict[str, str]:
+    """Where the figures come from."""
+    return {"torch": torch.__version__, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
 
 
 if __name__ == "__main__":

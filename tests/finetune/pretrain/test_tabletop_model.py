@@ -1,12 +1,15 @@
 """The model that ships with us: its files, its pictures, and what the probe sees in them."""
 
+import shutil
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import sdkit
+from finetune.pretrain import evaluate
 from finetune.pretrain.autoencoder import mean_psnr, unseen_renders
 from finetune.pretrain.clip import retrieval
 from finetune.pretrain.evaluate import (
@@ -119,3 +122,35 @@ def test_two_objects(sd: StableDiffusion, probe: Probe) -> None:
 def test_the_model_card_names_its_command() -> None:
     card = Path(FOLDER / "README.md").read_text()
     assert "python -m finetune.pretrain.evaluate" in card and (FOLDER / "grid.png").exists()
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_the_next_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(FOLDER, model)
+    (model / "results.json").unlink()
+    seen: list[int] = []
+
+    def measured(sd: StableDiffusion, probe: Probe, seed: int, guidance: float, steps: int) -> dict[str, float]:
+        if len(seen) == 1 and seed == 2000:
+            seen.append(0)
+            raise KeyboardInterrupt
+        seen.append(seed)
+        return {"right": seed / 100}
+
+    monkeypatch.setattr(evaluate, "measure", measured)
+    for name in ("mean_psnr", "unseen_renders", "draw_grid"):
+        monkeypatch.setattr(evaluate, name, lambda *given: Image.new("RGB", (8, 8)) if len(given) == 3 else 1.0)
+    for owner, name in ((evaluate.word_attention, "measure"), (evaluate, "of_towers"), (evaluate, "accuracy")):
+        monkeypatch.setattr(owner, name, lambda *given: {"a": 2.0})
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(model, seeds=2)
+    evaluate.main(model, seeds=2)
+    assert seen == [1000, 0, 2000]
+    assert "| right | 10.0 | 20.0 |" in (model / "README.md").read_text()
+    evaluate.main(model, seeds=2)
+    assert len(seen) == 3
+    evaluate.main(model, seeds=1, guidance=4.0)  # other figures
+    assert seen[3:] == [1000]

@@ -6,9 +6,10 @@ Nothing random is carried from step to step: batch ``n`` and the dropout of micr
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from contextvars import copy_context
@@ -48,6 +49,11 @@ def make_accelerator(config: TrainConfig, cpu: bool = False) -> Accelerator:
     from accelerate.utils import DistributedType
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+    if accelerator.num_processes == 1 and _several_were_asked_for(os.environ):
+        raise ConfigError(
+            "accelerate launch: told of several processes, it has started one, as it does on a CPU without MPI; "
+            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m … starts them"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("mixed_precision: fp16 needs a GPU; expected no or bf16 on a CPU")
 
@@ -57,6 +63,12 @@ def make_accelerator(config: TrainConfig, cpu: bool = False) -> Accelerator:
     if found == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("accelerate: expected fsdp_version 2, found 1")
     return accelerator
+
+
+def _several_were_asked_for(environment: Mapping[str, str]) -> bool:
+    """Whether ``accelerate launch`` has named a port where processes meet, and no rank: it has started one alone."""
+    launched = {"ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_BACKEND", "MASTER_PORT"} <= environment.keys()
+    return launched and "RANK" not in environment
 
 
 @contextmanager

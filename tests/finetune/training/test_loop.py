@@ -390,6 +390,18 @@ def test_nothing_is_chosen_for_the_process_by_a_run_on_the_cpu():
     assert not is_initialized()
 
 
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_in_place_of_two_is_told(tmp_path: Path):
+    """accelerate's own does, on a CPU; asked for one it starts one, and all is well."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no"]
+    program = ["-m", "tests.finetune.toy", str(tmp_path), "2", "0"]
+    for number, status in (("2", 1), ("1", 0)):
+        command = [*launcher, "--num_processes", number, *program]
+        done = subprocess.run(command, cwd=ROOT, env=toy.environment(), capture_output=True, text=True)
+        told = "told of several processes, it has started one" in done.stderr
+        assert (done.returncode, told) == (status, bool(status)), done.stderr
+
+
 def together(output: Path, steps: int, pause: float) -> subprocess.Popen:
     program = [
         sys.executable,

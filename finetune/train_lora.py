@@ -27,6 +27,7 @@ from sdkit.checks import POSITIVE, Range, expect
 from sdkit.stable_diffusion import StableDiffusion
 
 FILE = "lora.safetensors"
+RECIPES = Path(__file__).parent / "lora" / "recipes"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ app = command(
         "Model": LoraModel, "LoRA": LoraOptions, "Data": DataConfig, "Loss": LossConfig, "Training": TrainConfig,
         "Samples": SampleConfig,
     },
+    RECIPES,
 )  # fmt: skip
 
 if __name__ == "__main__":

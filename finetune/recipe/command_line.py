@@ -23,10 +23,11 @@ from finetune.options import declared
 from sdkit.errors import ConfigError, SDKitError, file_problem, one_line
 
 
-def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> typer.Typer:
+def command(run: Callable[..., object], panels: Mapping[str, type[Any]], recipes: Path | None = None) -> typer.Typer:
     """A command line with a panel of options for each dataclass; ``run`` gets one instance of each, in order.
 
-    An option given on the command line wins over the file, the file over the default. An SDKitError, or one about a
+    recipes: a folder of TOML files for --recipe, which names one of them. An option given on the command line wins over
+    the file of --config, that over the recipe, and the recipe over the default. An SDKitError, or one about a
     file, ends the program with status 1 and the error on stderr in a line; Ctrl-C with status 130.
     """
     every = [(panel, kind, f) for panel, kind in panels.items() for f in fields(kind)]
@@ -35,8 +36,10 @@ def command(run: Callable[..., object], panels: Mapping[str, type[Any]]) -> type
         "A TOML file with any of these options, tables or not, hyphens or underscores; the command line wins "
         "(--no-NAME switches off what the file has switched on)."
     )
-    config = Annotated[Path | None, typer.Option(help=help, is_eager=True, callback=_read_defaults, metavar="FILE")]
+    config = Annotated[Path | None, typer.Option(help=help, is_eager=True, callback=_read_config, metavar="FILE")]
     parameters = [_parameter("config", config, None)]
+    if recipes is not None:
+        parameters.append(_parameter("recipe", _recipe_option(recipes), None))
     parameters += [_parameter(f.name, _annotation(kind, f, panel), _default(f)) for panel, kind, f in every]
 
     def main(**values: Any) -> None:
@@ -121,15 +124,34 @@ def _instance(kind: type[Any], values: Mapping[str, Any]) -> Any:
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in own.items()})
 
 
-def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's values the defaults of the options that follow."""
-    if path is None:
-        return None
+def _recipe_option(folder: Path) -> Any:
+    """An option that takes the name of one of the folder's files."""
+    files = {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
+    def read(context: typer.Context, name: str | None) -> str | None:
+        if name is not None and name not in files:
+            raise typer.BadParameter(f"expected one of {', '.join(files)}, found {name!r}")
+        if name is not None:
+            context.default_map = _defaults(context, files[name]) | dict(context.default_map or {})
+        return name
+
+    help = f"Options that go together, of which every one may be given beside it. One of {', '.join(files)}."
+    return Annotated[str | None, typer.Option(help=help, is_eager=True, callback=read, metavar="NAME")]
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of the options that follow."""
+    if path is not None:
+        context.default_map = dict(context.default_map or {}) | _defaults(context, path)
+    return path
+
+
+def _defaults(context: typer.Context, path: Path) -> dict[str, Any]:
+    """The values in a file, by the names of options. Raises BadParameter for what is none."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         values = _flat(content, path)
-        known = {str(parameter.name) for parameter in context.command.params} - {"config", "help"}
+        known = {str(parameter.name) for parameter in context.command.params} - {"config", "recipe", "help"}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ConfigError(f"{path}: unknown options {', '.join(unknown)}")
@@ -137,9 +159,7 @@ def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path}: cannot be read as TOML ({one_line(error)})") from None
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
-
-    context.default_map = values
-    return path
+    return values
 
 
 def _flat(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

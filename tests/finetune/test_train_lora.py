@@ -27,7 +27,7 @@ from finetune.lora.writing import write_lora
 from finetune.recipe.diffusion_loss import LossConfig
 from finetune.recipe.facts import PLACES
 from finetune.recipe.run import RECOMPUTED, SampleConfig
-from finetune.train_lora import LoraModel, LoraOptions, add_adapter, app, highest_rate
+from finetune.train_lora import RECIPES, LoraModel, LoraOptions, add_adapter, app, highest_rate
 from finetune.training.config import TrainConfig
 from finetune.training.states import load_state, saved_states
 from sdkit import StableDiffusion
@@ -94,6 +94,20 @@ def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
     assert not torch.allclose(
         sd.text_to_image("a red wall", seed=0, num_inference_steps=2, output_type="latent").latents, plain, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.toml")))
+def test_a_recipe_is_trained_by(pictures: Path, tmp_path: Path, recipe: str):
+    output = tmp_path / "run"
+    beside = ("--train-batch-size", 1, "--rank", 2, "--lr-warmup-steps", 0)
+    call(("--recipe", recipe, "--data", pictures, "--output", output, *QUICK, *beside))
+    asked = tomllib.loads((RECIPES / f"{recipe}.toml").read_text())
+    done = tomllib.loads((output / "config.toml").read_text())
+    given = {"train_batch_size": 1, "rank": 2, "lr_warmup_steps": 0, "max_train_steps": 3}
+    assert {name: done[name] for name in given} == given
+    for name, value in asked.items():
+        key = name.replace("-", "_")
+        assert done[key] == given.get(key, value)
 
 
 def test_the_written_config_makes_the_run_again(pictures: Path, tmp_path: Path):

@@ -66,6 +66,29 @@ def test_the_file_gives_defaults(tmp_path: Path):
     assert parsed(["--config", file]) == every
 
 
+def test_a_recipe_gives_defaults_below_those_of_the_file(tmp_path: Path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "one.toml").write_text('share = 1.0\nmany = ["r"]\ntext = "r"')
+    file = tmp_path / "run.toml"
+    file.write_text('needed = "p"\nmany = ["f"]')
+    got: list[tuple[Things, More]] = []
+    app = command(lambda *configs: got.append(configs), {"Things": Things, "More": More}, tmp_path / "recipes")
+
+    call(["--recipe", "one", "--needed", "p"], app)
+    call(["--recipe", "one", "--config", file], app)
+    call(["--text", "c", "--config", file, "--recipe", "one"], app)  # in any order
+    assert got == [
+        (Things(Path("p"), ("r",), 1.0), More(text="r")),
+        (Things(Path("p"), ("f",), 1.0), More(text="r")),
+        (Things(Path("p"), ("f",), 1.0), More(text="c")),
+    ]
+    said = " ".join(call(["--recipe", "two", "--needed", "p"], app, status=2).replace("│", " ").split())
+    assert "expected one of one, found 'two'" in said
+    (tmp_path / "recipes" / "one.toml").write_text("wrong = 1")
+    assert "unknown options wrong" in call(["--recipe", "one", "--needed", "p"], app, status=2)
+    assert "No such option: --recipe" in str(parsed(["--recipe", "one", "--needed", "p"], status=2))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -418,7 +418,8 @@ def main(
         taught = Components(predictor.unet, vae, predictor.text_encoder, tokenizer, parts.scheduler_config)
         loading.save(taught, folder / "model", dtype=torch.float16)
     shutil.copytree(init / "image_encoder", folder / "model" / "image_encoder", dirs_exist_ok=True)
-    shutil.copy(init / loading.WORDS, folder / "model")
+    if (words := init / loading.WORDS).exists():
+        shutil.copy(words, folder / "model")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from sdkit.networks.memory_layout import lay_out
 from sdkit.networks.vae import AutoencoderKL, run_dtype
 from sdkit.prompts.tags import ExtraNetwork
 from sdkit.sampling.plan import Plan
-from sdkit.sampling.planning import make_plan
+from sdkit.sampling.planning import make_plan, plan_arguments
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -304,20 +304,17 @@ class DiffusionModel:
         eta: float = 0.0,
         strength: float = 1.0,
     ) -> Plan:
-        """Call ``sdkit.make_plan`` with this model's schedule; None stands for the model's own setting.
+        """Call ``sdkit.make_plan`` with this model's schedule; None stands for the model's own setting, as
+        `sdkit.sampling.planning.plan_arguments` has it.
 
-        Another sampler than the model's takes its own solver, and the rest of the model's settings. Raises ConfigError
-        when the model's own sampler is asked for and its scheduler configuration names one that there is not.
+        Raises ConfigError when the model's own sampler is asked for and its scheduler configuration names one that
+        there is not.
         """
-        own = self.plan_defaults
         if self.plan_problem and sampler is None:
             raise ConfigError(f"{self.plan_problem}; choose a sampler (sampler=, --sampler)")
-        if sampler not in (None, own.get("sampler")):
-            solver = ("solver_order", "solver_type", "original_inference_steps")
-            own = {name: value for name, value in own.items() if name not in solver}
-
-        given = {"sampler": sampler, "sigmas": sigmas, "timestep_spacing": timestep_spacing}
-        arguments: dict[str, Any] = own | {name: value for name, value in given.items() if value is not None}
+        arguments = plan_arguments(
+            self.plan_defaults, sampler=sampler, sigmas=sigmas, timestep_spacing=timestep_spacing
+        )
         return make_plan(
             schedule=self.schedule, num_inference_steps=num_inference_steps, eta=eta, strength=strength, **arguments
         )

@@ -58,6 +58,9 @@ def draw_grid(given: Given, vary: Sequence[str]) -> None:
     (path,) = destinations("grid.png" if given.output.out == "out.png" else given.output.out, 1)
     cells = {place: _cell(given, axes, place) for place in product(*(range(len(axis.values)) for axis in axes))}
 
+    for cell in cells.values():
+        cell.check_early()
+
     path.parent.mkdir(parents=True, exist_ok=True)
     images: dict[tuple[int, ...], Image.Image] = {}
     shown = given.arguments["progress"] and sys.stderr.isatty()

@@ -128,6 +128,12 @@ class Given:
     adapters: dict[str, list[str]]
     output: OutputOptions
 
+    def check_early(self) -> None:
+        """Raise ConfigError for what the model need not be loaded for, see `sdkit.generation.early`."""
+        from sdkit.generation.early import check_early
+
+        check_early(self.task, self.arguments, self.model.model, own_vae=self.model.vae is None)
+
 
 def picture_command(
     task: TaskKind,

@@ -49,6 +49,7 @@ def make_pictures(given: Given) -> None:
         attention=output.attention_map,
     )
 
+    given.check_early()
     sd = given.model.load(given.adapters)
     _make(sd, given.task.method, arguments, paths, parts, watch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -84,6 +85,17 @@ def make_plan(
 
     start = _start(steps, strength, timestep_spacing, spec.exploding)
     return _table(sampler, steps, list(spec.build(steps)), start)
+
+
+def plan_arguments(own: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """A model's own arguments of `make_plan` with those that are given, where None is not given.
+
+    Another sampler than the model's takes its own solver, and the rest of the model's settings.
+    """
+    if given.get("sampler") not in (None, own.get("sampler")):
+        solver = ("solver_order", "solver_type", "original_inference_steps")
+        own = {name: value for name, value in own.items() if name not in solver}
+    return {**own, **{name: value for name, value in given.items() if value is not None}}
 
 
 def steps_to_run(num_inference_steps: int, strength: float) -> int:

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from sdkit import adapter_kinds
 from sdkit.adapter_kinds import AdapterKind
 from sdkit.cli import main as cli
+from sdkit.diffusion_model import DiffusionModel
 from sdkit.generation.png import read_parameters, write_png
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import read_image
@@ -125,6 +126,20 @@ def test_a_lora_may_be_a_folder_of_peft(run: Run, tiny: Path) -> None:
     Path("ink/adapter_config.json").write_text(Path("ink/adapter_config.json").read_text().replace('"r": 2', '"r": 3'))
     status, _, err = run("reproduce", "inked.png", "again.png", "--device", "cpu")
     assert status == 1 and "ink: not the file that made inked.png" in err
+
+
+@pytest.mark.parametrize("command", ["txt2img", "grid"])
+def test_the_command_line_asks_first(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def load(*given: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(DiffusionModel, "load", load)
+    more = ("--num", "2") if command == "grid" else ()
+    status, _, err = run(command, "a cat", "--model", tiny, "--width", "33", *more)
+    assert status == 1 and "width 33 is not a positive multiple of 4" in err and err.count("\n") == 1
+    if command == "grid":
+        status, _, err = run(command, "a cat", "--model", tiny, "--vary", "sampler=euler,magic")
+        assert status == 1 and "sampler: expected one of" in err and not Path("grid.png").exists()
 
 
 def save_with(name: str, **texts: str) -> None:

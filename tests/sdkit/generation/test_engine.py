@@ -29,6 +29,7 @@ from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import relative_error
 from tests.sdkit.tiny import mask, model, picture
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* the model was made for:UserWarning")  # small pictures, for speed
 EMBEDS = torch.randn(2, 1, 77, 32, generator=torch.Generator().manual_seed(1))
 QUICK: dict[str, Any] = {
     "prompt_embeds": EMBEDS[0],

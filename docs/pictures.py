@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,11 +68,11 @@ def classifier_guidance(sd: sdkit.StableDiffusion) -> Image.Image:
 def hires(sd: sdkit.StableDiffusion) -> Image.Image:
     """A picture of the model's size, twice that at once, and in two stages."""
     height, width = sd.picture_size
-    images = [
-        draw(sd, PROMPT, seed=2),
-        draw(sd, PROMPT, seed=2, height=2 * height, width=2 * width),
-        draw(sd, PROMPT, seed=2, hires_scale=2.0, hires_strength=0.1),
-    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* the model was made for", UserWarning)  # which is what this shows
+        at_once = draw(sd, PROMPT, seed=2, height=2 * height, width=2 * width)
+    in_two = draw(sd, PROMPT, seed=2, hires_scale=2.0, hires_strength=0.1)
+    images = [draw(sd, PROMPT, seed=2), at_once, in_two]
     captions = [f"{width} x {height}", f"{2 * width} x {2 * height} at once", "hires_scale 2"]
     return contact_sheet([image.resize((256, 256), Image.Resampling.NEAREST) for image in images], 3, captions)
 

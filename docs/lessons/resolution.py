@@ -1,8 +1,10 @@
 """Lesson: larger pictures than those of training, at once and in two stages."""
 
+import warnings
 from typing import Any
 
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from docs.lessons.lesson import PROMPT, STEPS, Lesson, Subject, pairs_of, prompts_of, table
@@ -22,13 +24,14 @@ def lesson(subject: Subject) -> Lesson:
         f"{2 * side} x {2 * side} in two stages": {"hires_scale": 2.0, "hires_strength": STRENGTH},
     }
     rows: list[list[str]] = []
-    for name, options in ways.items():
-        images = subject.draw(prompts_of(scenes), **options)
-        rows.append([name, *(f"{share:.0f}" for share in judged(subject, images, pairs_of(scenes)))])
+    shown: list[Image.Image] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* the model was made for", UserWarning)  # which is what this is about
+        for name, options in ways.items():
+            images = subject.draw(prompts_of(scenes), **options)
+            rows.append([name, *(f"{share:.0f}" for share in judged(subject, images, pairs_of(scenes)))])
+            shown.append(to_pil(subject.draw([PROMPT], **options) * 2 - 1)[0].resize((2 * side, 2 * side)))
 
-    shown = [
-        to_pil(subject.draw([PROMPT], **options) * 2 - 1)[0].resize((2 * side, 2 * side)) for options in ways.values()
-    ]
     return Lesson(
         contact_sheet(shown, len(shown), list(ways)),
         f"Prompts for one object, {len(scenes)} pictures each in {STEPS} steps:\n\n"

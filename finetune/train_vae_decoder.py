@@ -153,11 +153,11 @@ def main(
     before: dict[str, float] = {}
     if accelerator.is_main_process:
         print(said, flush=True)
-        write_beginnings(model.output, to_toml(model, data_config, loss_config, config, sampling), data)
         before = figures(vae)
     if model.gradient_checkpointing:
         checkpoint_activations(vae.decoder, RECOMPUTED)
 
+    every = to_toml(model, data_config, loss_config, config, sampling)
     discriminator_rate = loss_config.discriminator_lr or config.learning_rate
     started = time.monotonic()
     trained = train(
@@ -166,6 +166,7 @@ def main(
         partial(batch, data, latents, config.gradient_accumulation_steps),
         config,
         model.output,
+        begin=partial(write_beginnings, model.output, every, data),
         facts=data_facts(data) | {"the VAE": content(weights)} | loss_facts(loss),
         highest_rate=lambda name: discriminator_rate if name.startswith("discriminator.") else config.learning_rate,
         export=lambda folder: loading.save(vae, folder / FILE),

@@ -6,13 +6,16 @@ or a killed process leaves what was there before.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,11 +74,29 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 # Writing
 
+LEFT_ALONE = 3600  # seconds since it was changed for which nobody's temporary file is deleted
+
 
 def temporary_name(path: Path) -> Path:
     """A name beside ``path`` that no other thread, process or machine takes."""
     owner = f"{platform.node()}-{os.getpid()}-{threading.get_ident()}"
     return path.with_name(f".{path.name}.{owner}.tmp")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what processes of this machine that were killed an hour ago or earlier have left under a `temporary_name`
+    of ``path``."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)-\d+\.tmp")
+    with suppress(OSError):
+        for entry in os.scandir(path.parent):
+            name = pattern.fullmatch(entry.name)
+            if name is None or time.time() - entry.stat(follow_symlinks=False).st_mtime < LEFT_ALONE:
+                continue
+            if not Path(f"/proc/{name[1]}").exists():
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
 
 
 @contextmanager
@@ -89,6 +110,7 @@ def replacing(path: str | os.PathLike[str], error: type[SDKitError] = Checkpoint
         what = "a folder" if target.is_dir() else "what is not a regular file"
         raise error(f"{path}: cannot be written ({what} is in the way, choose another name)")
 
+    _remove_abandoned(target)
     temporary = temporary_name(target)
     try:
         mode = _new_mode(temporary)
@@ -150,13 +172,14 @@ def _around(document: Path, name: str) -> tuple[str, str, str]:
 def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator[Path]:
     """Give a folder to fill, which becomes ``path`` at the end of the block; after an error it is removed.
 
-    In a folder that is there already, files of the same name are replaced and the others stay. durable: wait until all
-    of it is on the disk before it gets its name. Raises CheckpointError when it cannot be written.
+    In a folder that is there already, files of the same name are replaced, all at once, and the others stay. durable:
+    wait until all of it is on the disk before it gets its name. Raises CheckpointError when it cannot be written.
     """
     target = Path(path).absolute()
     temporary = temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         temporary.mkdir()
         mode = _new_mode(temporary / "mode")
         yield temporary
@@ -166,10 +189,10 @@ def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator
         if durable:
             _flush(temporary)
 
-        if target.exists():
-            _move_files(temporary, target)
-        else:
+        if not target.exists():
             os.rename(temporary, target)
+        elif not _exchange(temporary, target):
+            _move_files(temporary, target)
         if durable:
             _flush_one(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
@@ -178,6 +201,32 @@ def new_folder(path: str | os.PathLike[str], durable: bool = False) -> Generator
         raise CheckpointError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(source: Path, target: Path) -> bool:
+    """Give ``source``, with what else is in ``target``, the name of that at once; what was there is ``source`` then.
+
+    Whether that was possible: not where the folder is the one we are in, or the system has no such call.
+    """
+    if Path.cwd().is_relative_to(target) or not target.is_dir() or target.is_symlink():
+        return False
+
+    for file in target.rglob("*"):
+        place = source / file.relative_to(target)
+        if file.is_dir() and not file.is_symlink():
+            place.mkdir(parents=True, exist_ok=True)
+        elif not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, place, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(file, place, follow_symlinks=False)
+    shutil.copymode(target, source)
+
+    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if not hasattr(libc, "renameat2"):
+        return False
+    return libc.renameat2(here, os.fsencode(source), here, os.fsencode(target), exchange) == 0
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ from finetune.training.history import History
 from finetune.training.loop import Trained
 from finetune.training.memory import Memory, size
 from finetune.training.states import saved_states
-from sdkit.files import replacing, write_text
+from sdkit.files import new_folder, replacing, write_text
 from sdkit.images.pixels import open_image
 from sdkit.images.sheet import contact_sheet, enlarged, stacked
 
@@ -75,9 +75,11 @@ def report(
     for file in files:
         newest = saved_states(output)[-1] / file
         if newest.is_dir():
-            shutil.copytree(newest, output / file, dirs_exist_ok=True)
+            with new_folder(output / file) as temporary:
+                shutil.copytree(newest, temporary, dirs_exist_ok=True)
         else:
-            shutil.copyfile(newest, output / file)
+            with replacing(output / file) as temporary:
+                shutil.copyfile(newest, temporary)
 
     history.write_csv(output / "losses.csv")
     history.draw(output / "loss.png")

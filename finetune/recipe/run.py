@@ -179,11 +179,10 @@ def teach(
     about = _summary(sd, loss, student, data, config, model, accelerator.num_processes)
     if accelerator.is_main_process:
         print(about, flush=True)
-        every = to_toml(model, options, data_config, loss_config, config, sampling)
-        write_beginnings(model.output, every, data)
     if model.gradient_checkpointing:
         checkpoint_activations(sd.unet, RECOMPUTED)
 
+    every = to_toml(model, options, data_config, loss_config, config, sampling)
     prompts = sampling.validation_prompt or tuple(data.captions()[: sampling.num_validation_images])
     started = time.monotonic()
     trained = train(
@@ -193,6 +192,7 @@ def teach(
         config,
         model.output,
         facts=facts,
+        begin=partial(write_beginnings, model.output, every, data),
         highest_rate=student.highest_rate,
         export=student.export,
         validate=partial(sample_sheet, sd, student, prompts, sampling, model.clip_skip) if prompts else None,

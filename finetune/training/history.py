@@ -39,7 +39,11 @@ class History:
         self._waiting.append((step, loss, norm, rate))
 
     def collect(self, accelerator: Accelerator) -> list[Row]:
-        """The rows since the last call, losses averaged over all processes. Raises NumericalError."""
+        """The rows since the last call, losses averaged over all processes.
+
+        Raises NumericalError for a loss that is not finite, and for such a gradient, unless a gradient scaler has seen
+        to it.
+        """
         if not self._waiting:
             return []
 
@@ -53,6 +57,8 @@ class History:
         for row in rows:
             if not np.isfinite(row.loss):
                 raise NumericalError(f"training: the loss of step {row.step} is {row.loss}")
+            if not np.isfinite(row.grad_norm) and accelerator.scaler is None:
+                raise NumericalError(f"training: the norm of the gradient of step {row.step} is {row.grad_norm}")
 
         self.rows += rows
         self._waiting = []

@@ -30,6 +30,7 @@ from finetune.training.config import TrainConfig
 from finetune.training.facts import Facts
 from finetune.training.history import Board, History
 from finetune.training.memory import peak_memory, size
+from finetune.training.output_lock import output_lock
 from finetune.training.run_state import RunState
 from finetune.training.stopping import StopRequest, TrainingStopped
 from sdkit.errors import ConfigError
@@ -110,6 +111,7 @@ def train(
     output: Path,
     *,
     facts: Facts | None = None,
+    begin: Callable[[], None] = lambda: None,
     highest_rate: Callable[[str], float] | None = None,
     export: Callable[[Path], None] | None = None,
     validate: Callable[[], Image.Image] | None = None,
@@ -124,6 +126,7 @@ def train(
         there, bit for bit as if it had never stopped (on one or two processes, with deterministic kernels).
     facts: what else the course of the run depends on, such as the pictures (`finetune.training.facts`); a state with
         others is refused by the names of what has changed.
+    begin(): called on the main process as soon as no other run can write into ``output``.
     highest_rate: the highest learning rate of the parameter of that name, above 0; the settings' by default.
     export(folder): writes the trained weights (their moving average, if there is one) for use; called on the main
         process for every checkpoint.
@@ -132,17 +135,28 @@ def train(
 
     Gradients of several processes are averaged: with the same global batch the run is that of one process, up to
     rounding. Ctrl-C and SIGTERM let the step in hand end, save a state and raise TrainingStopped. Raises ConfigError,
-    CheckpointError for a state of another run, NumericalError when a loss is not finite.
+    CheckpointError for a state of another run, NumericalError when a loss, a gradient or a weight is not finite; then
+    no state is written that holds it.
     """
     if validate is not None and accelerator.is_fsdp2:
         raise ConfigError("training: no sample sheets under FSDP, where no process has all weights; leave them out")
 
-    run = RunState(accelerator, loss, config, output, facts or {}, highest_rate, export)
+    with output_lock(output) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            begin()
+        run = RunState(accelerator, loss, config, output, facts or {}, highest_rate, export)
+        return _train(run, batches, validate, sheets)
+
+
+def _train(
+    run: RunState, batches: Callable[[int], Any], validate: Callable[[], Image.Image] | None, sheets: str
+) -> Trained:
+    accelerator, config = run.accelerator, run.config
     run.resume()
     first = run.step
     with (
         closing(_one_ahead(batches, run.step * config.gradient_accumulation_steps)) as micro_batches,
-        Board(output, sheets, config.report_to, run.step, accelerator.is_main_process) as board,
+        Board(run.output, sheets, config.report_to, run.step, accelerator.is_main_process) as board,
         StopRequest(accelerator) as stop,
     ):
         signal = _go_on(run, micro_batches, board, validate, stop)

@@ -20,7 +20,7 @@ from finetune.training.history import History, Row
 from finetune.training.muon import Muon
 from finetune.training.states import newest_state, remove_states, save_state, saved_states, set_aside
 from sdkit.checks import POSITIVE, check_range
-from sdkit.errors import ConfigError
+from sdkit.errors import ConfigError, NumericalError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,13 +115,17 @@ class RunState:
         return sheet
 
     def save(self) -> None:
-        """Write a checkpoint; every process takes part, the main one writes."""
+        """Write a checkpoint; every process takes part, the main one writes.
+
+        Raises NumericalError, and writes nothing, where a weight or its average is not finite.
+        """
         moments = {
             name: {key: full_tensor(value) for key, value in self.optimizer.state[p].items()}
             for name, p in self.parameters.items()
         }
         weights = {name: full_tensor(p) for name, p in self.parameters.items()}
         average = {name: full_tensor(value) for name, value in self.average.values.items()} if self.average else {}
+        _check_finite(self.step, weights | {f"the average of {name}": value for name, value in average.items()})
 
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
@@ -216,6 +220,16 @@ def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
         raise ConfigError(
             f"training: {len(without)} of {len(parameters)} trained parameters have no gradient, as the loss does not "
             f"depend on them: {names}; leave them out"
+        )
+
+
+def _check_finite(step: int, values: Mapping[str, Tensor]) -> None:
+    if bad := [name for name, value in values.items() if not bool(value.isfinite().all())]:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise NumericalError(
+            f"training: after step {step} {len(bad)} of {len(values)} trained tensors are not finite: "
+            f"{', '.join(bad[:SHOWN])}{more}; this state is not saved, the one before stays; "
+            "a smaller learning rate may help"
         )
 
 

@@ -296,6 +296,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
     assert all(bool(w.isfinite().all()) for w in weights.values()) and saved_states(tmp_path)[-1].name == "checkpoint-4"
 
 
+class Steep(Regression):
+    """A loss that is finite and whose gradient is not, for a batch with a target of 7 in it."""
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        steep = (0 * self.last.weight).abs().sqrt().sum() if bool((batch[1] == 7).any()) else 0
+        return super().forward(batch) + steep
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging_steps: int
+):
+    def broken(n: int) -> tuple[Tensor, Tensor]:
+        x, y = toy.batches(n)
+        return x, torch.full_like(y, 7) if n == 9 else y
+
+    monkeypatch.setattr(toy, "Regression", Steep)
+    with pytest.raises(NumericalError, match="norm of the gradient of step 5 is nan"):
+        toy.run(tmp_path, replace(PLAIN, checkpointing_steps=1, logging_steps=logging_steps), batches=broken)
+    assert saved_states(tmp_path)[-1].name == "checkpoint-4"
+    toy.run(tmp_path, replace(PLAIN, checkpointing_steps=1))  # goes on from there
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path):
+    def spoil(optimizer: Any, *_: object) -> None:
+        if loops == 5:
+            optimizer.param_groups[0]["params"][0].data[0, 0] = float("inf")
+
+    loops = 0
+
+    def counting(n: int) -> tuple[Tensor, Tensor]:
+        nonlocal loops
+        loops = n // PLAIN.gradient_accumulation_steps
+        return toy.batches(n)
+
+    hook = register_optimizer_step_pre_hook(spoil)
+    try:
+        with pytest.raises(NumericalError, match=r"after step \d 1 of 4 trained tensors are not finite: first.weight"):
+            toy.run(tmp_path, replace(PLAIN, checkpointing_steps=1), batches=counting)
+    finally:
+        hook.remove()
+    assert saved_states(tmp_path)[-1].name in ("checkpoint-4", "checkpoint-5")
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path: Path):
+    program = [sys.executable, "-m", "tests.finetune.toy", str(tmp_path), "100", "0.2"]
+    process = subprocess.Popen(program, cwd=ROOT, env=toy.environment())
+    began: list[int] = []
+    try:
+        wait_for(tmp_path, 2, process)
+        with pytest.raises(ConfigError, match="another process is training into"):
+            toy.run(tmp_path, begin=lambda: began.append(1))
+    finally:
+        process.kill()
+        process.wait()
+    assert not began
+    toy.run(tmp_path, replace(PLAIN, resume=False), begin=lambda: began.append(1))  # the lock went with the process
+    assert began == [1]
+
+
 def test_a_precision_that_the_device_has_not_is_refused():
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         make_accelerator(replace(PLAIN, mixed_precision="fp16"), cpu=True)

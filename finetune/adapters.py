@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from sdkit.adapter_kinds import AdapterKind, adapter_kinds, register_adapter_kind
 from sdkit.checks import expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.model_lock import alone
 from sdkit.prompts.tags import ExtraNetwork
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def _named(sd: DiffusionModel, name: str | None) -> dict[AdapterKind, list[str]]
 # The verbs
 
 
+@alone
 def load_adapter(sd: DiffusionModel, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
     """Read an adapter of any kind into the model, beside those that it has. Returns its name, the file's by default.
 
@@ -170,6 +172,7 @@ def load_adapter(sd: DiffusionModel, path: str | Path, scale: float = 1.0, name:
     raise CheckpointError(f"{path}: expected an adapter, found {found}")
 
 
+@alone
 def save_adapter(sd: DiffusionModel, path: str | Path, name: str | None = None) -> None:
     """Write an adapter in its kind's own format; the name may be left out when there is only one.
 
@@ -183,12 +186,14 @@ def save_adapter(sd: DiffusionModel, path: str | Path, name: str | None = None) 
     verbs_of(kind).save(sd, path, name=names[0])
 
 
+@alone
 def enable(sd: DiffusionModel, name: str | None = None) -> None:
     """Let an adapter run, or all of them. Raises ConfigError when there is none of that name."""
     for kind, names in _named(sd, name).items():
         _switch(sd, kind, names, on=True)
 
 
+@alone
 def disable(sd: DiffusionModel, name: str | None = None) -> None:
     """Let an adapter, or all of them, do nothing until `enable`. Raises ConfigError when there is none of that name."""
     for kind, names in _named(sd, name).items():
@@ -202,6 +207,7 @@ def _switch(sd: DiffusionModel, kind: AdapterKind, names: Sequence[str], on: boo
     verbs_of(kind).activate(sd, running)
 
 
+@alone
 def set_scale(sd: DiffusionModel, scale: float, name: str | None = None) -> None:
     """Let an adapter, or each of them, count ``scale`` times; 1 is as it was trained, negative turns it round.
 
@@ -213,6 +219,7 @@ def set_scale(sd: DiffusionModel, scale: float, name: str | None = None) -> None
         verbs_of(kind).set_scale(sd, scale, names)
 
 
+@alone
 def merge(sd: DiffusionModel) -> None:
     """Add the adapters that run to the weights: same pictures, at the speed of the model alone. They stay here.
 
@@ -231,6 +238,7 @@ def merge(sd: DiffusionModel) -> None:
         logger.warning("merge: %s cannot become a part of the weights and go on running beside them", ", ".join(others))
 
 
+@alone
 def unmerge(sd: DiffusionModel) -> None:
     """Undo `merge`: the weights are those before it, bit for bit."""
     for kind in _of_every_kind(sd):
@@ -238,6 +246,7 @@ def unmerge(sd: DiffusionModel) -> None:
             verbs_of(kind).unmerge(sd)
 
 
+@alone
 def remove(sd: DiffusionModel, name: str | None = None) -> None:
     """Take an adapter, or all of them, out of the model. Raises ConfigError when there is none of that name.
 
@@ -249,6 +258,7 @@ def remove(sd: DiffusionModel, name: str | None = None) -> None:
         forget_if_none(sd, kind.name)
 
 
+@alone
 def bake(sd: DiffusionModel) -> None:
     """Make the adapters that run a part of the weights, for good, and take all adapters out.
 

@@ -28,6 +28,7 @@ from sdkit.checks import nearest
 from sdkit.devices import LARGE, default_dtype, find_device
 from sdkit.errors import CheckpointError, ConfigError, SDKitError
 from sdkit.graphs import Graphs
+from sdkit.model_lock import ModelLock, alone
 from sdkit.networks.depth_estimator import DepthEstimator
 from sdkit.networks.memory_layout import lay_out
 from sdkit.networks.vae import AutoencoderKL, run_dtype
@@ -52,7 +53,8 @@ class DiffusionModel:
     ``adapter_states`` holds what such a kind keeps beside the networks. ``textual_inversions`` holds for each trigger
     its vectors [n, D]. ``graphs`` as in `load`. ``made_of`` holds what the model was loaded from, by the names that
     the metadata of pictures has: model, vae, text_encoder, prediction, zero_snr; None for what was no file. ``words``
-    are those that a small model knows, None for one that does not say; a prompt with others is a warning.
+    are those that a small model knows, None for one that does not say; a prompt with others is a warning. ``lock`` is
+    held by the thread that draws with the model, or changes its adapters, words or VAE.
     """
 
     def __init__(self, components: Components, backend: str | None = None, graphs: bool | None = None) -> None:
@@ -79,7 +81,7 @@ class DiffusionModel:
 
         if backend not in (None, *sdkernels.BACKENDS):
             raise ConfigError(f"backend: expected {', '.join(sdkernels.BACKENDS)} or None, found {backend!r}")
-        self.backend, self.graphs, self._recorded = backend, graphs, Graphs()
+        self.backend, self.graphs, self._recorded, self.lock = backend, graphs, Graphs(), ModelLock()
         try:
             sdkernels.current()
         except ValueError as error:  # the environment names an unknown one
@@ -219,6 +221,7 @@ class DiffusionModel:
         rows, columns = own if isinstance(own, tuple) else (own, own)
         return rows * self.vae.config.factor, columns * self.vae.config.factor
 
+    @alone
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move every network to ``device`` and cast it to ``dtype``, either may be given first; returns self.
 
@@ -250,6 +253,7 @@ class DiffusionModel:
         """The checkpoint's depth network, loaded when it is first needed. Raises CheckpointError when it has none."""
         return DepthEstimator(self.extra)
 
+    @alone
     def load_vae(self, path: str | Path) -> None:
         """Put another VAE in place of this model's: a file or a folder of one alone, or of a whole model.
 
@@ -267,6 +271,7 @@ class DiffusionModel:
         self.vae = vae
         self.made_of["vae"] = str(path)
 
+    @alone
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
         """Read learned vectors that stand for ``token`` in prompts, or where that is None for the file's own name for
         them and for the name of the file.
@@ -277,6 +282,7 @@ class DiffusionModel:
         self.add_textual_inversion(found)
         return found.token
 
+    @alone
     def add_textual_inversion(self, inversion: TextualInversion) -> None:
         """Let the words of a textual inversion stand for its vectors, with a warning where another had one of them.
 

@@ -126,4 +126,5 @@ class StableDiffusion(DiffusionModel):
         return self._run(task, prompt, negative_prompt, settings)
 
     def _run(self, task: Task, prompt: Prompt, negative_prompt: Prompt, settings: Settings) -> Output:
-        return generate(make_request(self, task, prompt, negative_prompt, settings))
+        with self.lock:
+            return generate(make_request(self, task, prompt, negative_prompt, settings))

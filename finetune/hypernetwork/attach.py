@@ -20,6 +20,7 @@ from finetune.hypernetwork.files import read_hypernetwork
 from finetune.hypernetwork.network import Hypernetwork
 from sdkit.checks import expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.model_lock import alone
 from sdkit.networks.attention import Attention, KeyValue
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Chain:
 # Into the model
 
 
+@alone
 def load_hypernetwork(sd: DiffusionModel, path: str | Path, multiplier: float = 1.0, name: str | None = None) -> str:
     """Read a hypernetwork into the model, behind those that it has. Returns its name, the file's by default.
 
@@ -68,6 +70,7 @@ def load_hypernetwork(sd: DiffusionModel, path: str | Path, multiplier: float = 
     return name
 
 
+@alone
 def add_hypernetwork(sd: DiffusionModel, network: Hypernetwork, multiplier: float = 1.0, name: str = "default") -> None:
     """Put a hypernetwork into the model, behind those that it has; one that is to be trained, for instance.
 
@@ -102,6 +105,7 @@ def save_hypernetwork(sd: DiffusionModel, path: str | Path, name: str | None = N
     _named(sd, name)[0].save(path)
 
 
+@alone
 def remove_hypernetworks(sd: DiffusionModel, name: str | None = None) -> None:
     """Take a hypernetwork, or all of them, out of the model. Raises ConfigError for a name that there is not."""
     gone = _named(sd, name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,8 +12,18 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from finetune.adapters import use
-from finetune.lora.adapters import activate, changing, inject, is_merged, layers, layers_of, list_adapters, set_scale
+from finetune.adapters import forget_if_none, use
+from finetune.lora.adapters import (
+    activate,
+    changing,
+    inject,
+    is_merged,
+    layers,
+    layers_of,
+    list_adapters,
+    remove,
+    set_scale,
+)
 from finetune.lora.bundles import read_bundle
 from finetune.lora.in_place import own_value, parameter_of, put
 from finetune.lora.names import check_name, module_key, name_of_file
@@ -21,11 +33,13 @@ from finetune.lora.update import Changes, LowRankUpdate, Updates, split_updates
 from finetune.training.freezing import freeze
 from sdkit.checks import check_choice, check_count, check_positive, expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
+from sdkit.model_lock import alone
 
 if TYPE_CHECKING:
     from sdkit.diffusion_model import DiffusionModel
 
 
+@alone
 def add_lora(
     sd: DiffusionModel,
     rank: int = 8,
@@ -77,16 +91,18 @@ def add_lora(
         use_dora=use_dora,
         init_lora_weights=True if init == "kaiming" else init,
     )
-    freeze(sd)
     key = module_key(name)
-    for n, network in networks.items():
-        inject(network, key, {s.path: (rank, alpha) for s in chosen if s.network == n}, config, trainable=True)
-    put(sd, name, {}, {})
-    _register(sd, name)
+    with _whole_or_not_at_all(sd, name):
+        freeze(sd)
+        for n, network in networks.items():
+            inject(network, key, {s.path: (rank, alpha) for s in chosen if s.network == n}, config, trainable=True)
+        put(sd, name, {}, {})
+        _register(sd, name)
 
     return [p for _, _, layer in layers(sd) for path, p in layer.named_parameters() if f".{key}." in path]
 
 
+@alone
 def load_lora(
     sd: DiffusionModel,
     path: str | Path,
@@ -110,6 +126,7 @@ def load_lora(
     Raises CheckpointError for a file that is damaged, no LoRA, or for another model; ConfigError for a name that cannot
     be, or for training what does not train.
     """
+    expect(is_number(scale), "scale", "a finite number", scale)
     name = name_of_file(path) if name is None else name
     check_name(name, list_adapters(sd))
     updates, changes, words = _read(sd, path)
@@ -122,15 +139,30 @@ def load_lora(
             _check_fits(path, target, update, slot_rank)
 
     updates = {target: _fitted(sd, target, update) for target, update in updates.items()}
-    with changing(sd):
-        put(sd, name, changes, words)
-        _put_layers(sd, module_key(name), updates, trainable, slot_rank, dropout)
+    with _whole_or_not_at_all(sd, name):
+        with changing(sd):
+            put(sd, name, changes, words)
+            _put_layers(sd, module_key(name), updates, trainable, slot_rank, dropout)
 
-    if trainable:
-        freeze(sd)
-    _register(sd, name)
-    set_scale(sd, scale, [name])
+        if trainable:
+            freeze(sd)
+        _register(sd, name)
+        set_scale(sd, scale, [name])
     return name
+
+
+@contextmanager
+def _whole_or_not_at_all(sd: DiffusionModel, name: str) -> Generator[None]:
+    """After an error, or Ctrl-C, inside the block the model has nothing of this adapter, and trains what it did."""
+    trained = [(p, p.requires_grad) for network in networks_of(sd).values() for p in network.parameters()]
+    try:
+        yield
+    except BaseException:
+        remove(sd, [name])
+        forget_if_none(sd, "lora")
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+        raise
 
 
 def _put_layers(
@@ -150,6 +182,7 @@ def _put_layers(
         layer.load(key, updates[target])
 
 
+@alone
 def swap_lora(sd: DiffusionModel, path: str | Path, name: str) -> None:
     """Put a file's LoRA in the place of one loaded with ``slot_rank``: no compiled code or captured graph notices.
 
@@ -166,8 +199,15 @@ def swap_lora(sd: DiffusionModel, path: str | Path, name: str) -> None:
     _check_slot(path, changes, words)
     for target, update in updates.items():
         _check_fits(path, target, update, slots[target].r[key] if target in slots else 0)
-    for target, layer in slots.items():
-        layer.load(key, updates.get(target))
+    before = {target: layer.update_of(key) for target, layer in slots.items()}
+    before = {target: replace(held, down=held.down.clone(), up=held.up.clone()) for target, held in before.items()}
+    try:
+        for target, layer in slots.items():
+            layer.load(key, updates.get(target))
+    except BaseException:  # Ctrl-C, too
+        for target, layer in slots.items():
+            layer.load(key, before[target])
+        raise
 
 
 def _check_fits(path: str | Path, target: Target, update: LowRankUpdate, rank: int) -> None:

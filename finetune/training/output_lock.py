@@ -13,10 +13,10 @@ from sdkit.errors import ConfigError
 
 @contextmanager
 def output_lock(output: Path) -> Generator[None]:
-    """Make the folder ``output``, and keep other processes from training into it until the block or this process ends.
+    """Make the folder ``output``, and keep other processes from training into it while the block runs.
 
-    The lock is flock's, on the folder itself; a file system that has none for folders, such as NFS, goes without. Raises
-    ConfigError where another process holds it, or the folder cannot be made.
+    The lock is flock's, on the folder itself; a file system that has none for folders, such as NFS, goes without.
+    Raises ConfigError where another process holds it, or the folder cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,9 @@
-"""LoRA on a model: made, loaded, asked for by prompts, and swapped without a new compilation."""
+"""LoRA on a model: made and loaded whole or not at all, asked for by prompts, shared by threads, swapped without a new
+compilation."""
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import finetune
 from finetune.lora.adapters import layers
+from finetune.lora.layers import LoraConv2d, LoraLinear
 from finetune.lora.reading import read_lora
 from finetune.lora.targets import match_targets
 from finetune.lora.writing import write_lora
@@ -98,6 +103,133 @@ def test_arguments_without_meaning(sd: StableDiffusion) -> None:
     finetune.add_lora(sd)
     with pytest.raises(ConfigError, match="'default': the model has one of this name"):
         finetune.add_lora(sd)
+
+
+# Whole or not at all
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, where: type[Any], method: str, call: int) -> None:
+    """Let this call of a method raise KeyboardInterrupt, and only it."""
+    original, calls = getattr(where, method), itertools.count()
+
+    def interrupted(self: Any, *args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(where, method, interrupted)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("where", "method"), [(LoraLinear, "load"), (LoraLinear, "__init__"), (LoraConv2d, "load")])
+@pytest.mark.parametrize("call", [0, 7])
+def test_an_interrupted_loading_leaves_the_model_as_it_was(
+    sd: StableDiffusion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    merged: bool,
+    where: type[Any],
+    method: str,
+    call: int,
+) -> None:
+    chosen = match_targets(places(sd), "all")
+    for name, seed in (("one", 1), ("two", 2)):
+        write_lora(drawn_updates(chosen if name == "two" else chosen[::2], seed=seed), tmp_path / name)
+    finetune.load_lora(sd, tmp_path / "one")
+    if merged:
+        finetune.merge(sd)
+    before, expected = finetune.list_adapters(sd), latents(sd)
+    modules = {name: type(module) for name, module in sd.unet.named_modules()}
+    trains = {name: p.requires_grad for name, p in sd.unet.named_parameters()}
+
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, where, method, call)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.load_lora(sd, tmp_path / "two", trainable=not merged)
+    assert finetune.list_adapters(sd) == before and torch.equal(latents(sd), expected)
+    assert {name: type(module) for name, module in sd.unet.named_modules()} == modules
+    assert {name: p.requires_grad for name, p in sd.unet.named_parameters()} == trains
+    finetune.load_lora(sd, tmp_path / "two")
+    assert relative_error(latents(sd), expected) > 1e-3
+
+
+def test_an_interrupted_new_one_leaves_the_model_as_it_was(
+    sd: StableDiffusion, base: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains = {name: p.requires_grad for name, p in sd.unet.named_parameters()}
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, LoraLinear, "__init__", 5)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.add_lora(sd, targets="all")
+    assert finetune.list_adapters(sd) == {} and not layers(sd) and torch.equal(latents(sd), base)
+    assert {name: p.requires_grad for name, p in sd.unet.named_parameters()} == trains and not sd.extra_networks
+
+
+def test_an_interrupted_swap_leaves_the_slot_as_it_was(
+    sd: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = match_targets(places(sd), "transformer")
+    for name, rank in (("one", 4), ("two", 6)):
+        write_lora(drawn_updates(chosen, lambda target, rank=rank: rank, seed=rank), tmp_path / name)
+    finetune.load_lora(sd, tmp_path / "one", scale=0.7, name="slot", slot_rank=8)
+    expected = latents(sd)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, LoraLinear, "load", 9)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.swap_lora(sd, tmp_path / "two", "slot")
+    assert torch.equal(latents(sd), expected)
+
+
+@pytest.mark.parametrize("scale", ["x", float("nan"), None, True])
+def test_a_scale_that_is_no_number_is_refused_before_anything_changes(
+    sd: StableDiffusion, base: torch.Tensor, tmp_path: Path, scale: Any
+) -> None:
+    write_lora(drawn_updates(match_targets(places(sd), "transformer")), tmp_path / "one")
+    with pytest.raises(ConfigError, match="scale: expected a finite number"):
+        finetune.load_lora(sd, tmp_path / "one", scale=scale)
+    assert finetune.list_adapters(sd) == {} and torch.equal(latents(sd), base)
+    finetune.load_lora(sd, tmp_path / "one")
+    finetune.merge(sd)
+    merged = latents(sd)
+    with pytest.raises(ConfigError, match="scale: expected a finite number"):
+        finetune.set_scale(sd, scale)
+    assert torch.equal(latents(sd), merged)
+
+
+# Several threads
+
+
+def test_threads_that_share_a_model_have_their_own_networks_and_words(sd: StableDiffusion, tmp_path: Path) -> None:
+    """Each draws with another LoRA by its tag, and with a word that stands for other vectors in the other thread."""
+    chosen = match_targets(places(sd), "transformer")
+    for name, seed in (("one", 1), ("two", 2)):
+        write_lora(drawn_updates(chosen, seed=seed), tmp_path / name)
+        finetune.load_lora(sd, tmp_path / name)
+    weights = ((1, 0.1), (-1, 0.5), (0.1, 0.1), (0.3, 1))
+    prompts = [f"a cat<lora:one:{one}><lora:two:{two}>" for one, two in weights]
+    alone = {prompt: latents(sd, prompt) for prompt in prompts}
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda prompt: (prompt, latents(sd, prompt)), prompts * 6))
+    assert all(torch.equal(found, alone[prompt]) for prompt, found in drawn)
+
+
+def test_adapters_change_between_pictures_and_not_within(sd: StableDiffusion, base: torch.Tensor, tmp_path: Path):
+    write_lora(drawn_updates(match_targets(places(sd), "transformer")), tmp_path / "one")
+    finetune.load_lora(sd, tmp_path / "one")
+    whole = latents(sd)
+    done = threading.Event()
+
+    def switch() -> None:
+        while not done.is_set():
+            finetune.disable(sd)
+            finetune.enable(sd)
+
+    with ThreadPoolExecutor(1) as pool:
+        switching = pool.submit(switch)
+        drawn = [latents(sd) for _ in range(12)]
+        done.set()
+        switching.result()
+    assert all(torch.equal(found, base) or torch.equal(found, whole) for found in drawn)
 
 
 # Asked for by a prompt

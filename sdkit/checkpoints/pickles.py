@@ -15,11 +15,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sdkit.checkpoints.stubs import Stub, stub_of
+from sdkit.checkpoints.torch_archive import check_archive
 from sdkit.errors import CheckpointError, one_line
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ def _load(path: Path, is_zip: bool, stubs: bool, options: Mapping[str, Any]) -> 
     if is_zip and "constants.pkl" in _C.PyTorchFileReader(str(path)).get_all_records():
         raise CheckpointError(f"{path}: a TorchScript archive, which holds code; only tensors are loaded")
 
+    if is_zip:
+        check_archive(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other protocols, and of modules whose source is not the one saved
         try:
@@ -75,7 +79,8 @@ def unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
 def tensors_in(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
     """The tensors of a pickled dict, by their names. What else is there is left out, and the log names it.
 
-    Raises CheckpointError when there are none, or for a value that holds tensors itself.
+    Raises CheckpointError when there are none, for a value that holds tensors itself, and for a tensor that repeats
+    what is stored: a copy of it could fill the memory.
     """
     state = unwrapped(content)
     tensors = {k: v.detach() for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
@@ -86,6 +91,11 @@ def tensors_in(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
         key = next(iter(rest), None) if key is None else key
         found = "it is empty" if key is None else f"{key!r} is a {_name(rest[key])}"
         raise CheckpointError(f"{where}: expected a dict of tensors, but {found}")
+
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            shape = list(tensor.shape)
+            raise CheckpointError(f"{where}: {name}: expected {shape} numbers, found a repetition of fewer")
 
     if state is not content:
         rest |= {k: v for k, v in content.items() if k not in WRAPPERS}
@@ -110,30 +120,6 @@ def _name(value: Any) -> str:
 
 
 # The restricted unpickler
-
-
-class Stub:
-    """Stands for an object, class or function of a pickle that is not looked up. It takes everything, does nothing."""
-
-    origin = ""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Stub:
-        return self
-
-    def __setstate__(self, state: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, value: Any) -> None: ...
-
-    def extend(self, values: Any) -> None: ...
-
-    def add(self, value: Any) -> None: ...
 
 
 class _Function:
@@ -196,8 +182,8 @@ def _load_with_stubs(path: Path, options: Mapping[str, Any]) -> Any:
             taken = _TAKEN.get((module_name, global_name))
             if taken is not None:
                 return taken
-            origin = f"{module_name}.{global_name}"
-            return stubs.setdefault(origin, cast("type[Stub]", type("Stub", (Stub,), {"origin": origin})))
+            stub = stub_of(module_name, global_name)
+            return stubs.setdefault(stub.origin, stub)
 
     def load(file: Any, **arguments: Any) -> Any:
         return Unpickler(file, **arguments).load()

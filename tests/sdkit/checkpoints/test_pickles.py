@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from sdkit.checkpoints.inspection import inspect_file
-from sdkit.checkpoints.pickles import Stub, read_pickle, tensors_in
+from sdkit.checkpoints.pickles import read_pickle, tensors_in
+from sdkit.checkpoints.stubs import Stub
 from sdkit.checkpoints.tensors import read_state
 from sdkit.errors import CheckpointError
 from tests.sdkit.checkpoints.models import assert_same, refused
@@ -236,6 +237,17 @@ def test_wrappers_prefixes_and_stray_scalars(wrapped: Any, tmp_path: Path) -> No
 def test_what_holds_no_plain_tensors_is_refused(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.ckpt")
     refused(message, lambda: read_state(tmp_path / "a.ckpt"), tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_that_repeats_itself_is_refused(zipped: bool, tmp_path: Path) -> None:
+    huge = torch.ones(1).expand(1 << 40)
+    torch.save({"a": torch.ones(2), "b": huge}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    for device in ("cpu", "meta"):
+        with pytest.raises(
+            CheckpointError, match=r"b: expected \[1099511627776\] numbers, found a repetition"
+        ):
+            tensors_in(read_pickle(tmp_path / "a.pt", device), "a.pt")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:

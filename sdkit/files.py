@@ -19,7 +19,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sdkit.errors import CheckpointError, ConfigError, SDKitError, one_line
 
@@ -32,18 +32,35 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if file.is_dir():
         file = file / "config.json"
 
+    refuse_special(file, ConfigError)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{file}: {one_line(error).lower()}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not JSON ({error})") from None
 
+    values = parse_json(text, str(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(values).__name__}")
-    return values
+    return cast("dict[str, Any]", values)
+
+
+def parse_json(text: str | bytes, where: str, error: type[SDKitError] = ConfigError) -> Any:
+    """The value of a JSON text.
+
+    Raises ``error``, with ``where``, for what is none, is nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as found:
+        raise error(f"{where}: not JSON ({one_line(found)})") from None
+
+
+def refuse_special(path: str | os.PathLike[str], error: type[SDKitError]) -> None:
+    """Raise ``error`` for what is neither a file nor a folder, such as a FIFO, on which a reader waits forever."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise error(f"{path}: expected a regular file, found a FIFO, socket or device")
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -65,6 +82,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         lines = [f"{name} {file_hash(folder / name)}\n" for name in names]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    refuse_special(path, SDKitError)
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ them. A row names a picture, relative to the table's folder, and has its caption
 from __future__ import annotations
 
 import csv
-import json
 import os
 import unicodedata
 from collections import defaultdict
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from finetune.data.walking import LeftOut, Tree
-from sdkit.errors import one_line
+from sdkit.errors import ConfigError, one_line
+from sdkit.files import parse_json
 
 NAME = "file_name"
 
@@ -81,9 +81,9 @@ def _json_rows(file: Path) -> Rows:
 
 def _json(line: str) -> Mapping[str, Any] | str:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"expected a JSON object ({one_line(error)})"
+        row = parse_json(line, "expected a JSON object")
+    except ConfigError as error:
+        return str(error)
     return row if isinstance(row, dict) else f"expected a JSON object, found {line.strip()[:40]}"
 
 

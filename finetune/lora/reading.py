@@ -6,7 +6,6 @@ a table of all their spellings (`Target.spellings`), since kohya's underscores c
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ from finetune.lora.update import LowRankUpdate, WeightChange
 from finetune.lora.weight_families import ENDS, check_parts, family_of
 from sdkit.checkpoints.tensors import read_state
 from sdkit.errors import CheckpointError, one_line
-from sdkit.files import read_config
+from sdkit.files import parse_json, read_config
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -92,10 +91,7 @@ def _first_file(folder: Path, *names: str) -> Path:
 
 def _configs_of(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]]:
     """The peft config of each network that diffusers flattened into the header; empty ones when it did not."""
-    try:
-        flat: Any = json.loads(metadata.get(METADATA, "{}"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: {METADATA} in the header is not JSON ({error})") from None
+    flat = parse_json(metadata.get(METADATA, "{}"), f"{file}: {METADATA} in the header", CheckpointError)
     if not isinstance(flat, dict):
         raise CheckpointError(f"{file}: expected an object as {METADATA} in the header, found {flat!r}")
 

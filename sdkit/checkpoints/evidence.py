@@ -7,7 +7,6 @@ schedule's own tensors in the file, the preset for the network's shape.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.files import parse_json
 from sdkit.sampling.schedule import NoiseSchedule
 
 logger = logging.getLogger(__name__)
@@ -250,10 +250,7 @@ def own_configs(metadata: Mapping[str, str], where: str, *parts: str) -> dict[st
     """
     if "sdkit_config" not in metadata:
         return None
-    try:
-        configs = cast("dict[str, Any]", json.loads(metadata["sdkit_config"]))
-        if not all(isinstance(configs[part], dict) for part in parts):
-            raise TypeError
-    except (ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{where}: the metadata sdkit_config is damaged") from None
-    return configs
+    configs = parse_json(metadata["sdkit_config"], f"{where}: the metadata sdkit_config is damaged", CheckpointError)
+    if not isinstance(configs, dict) or not all(isinstance(configs.get(part), dict) for part in parts):  # pyright: ignore[reportUnknownMemberType]
+        raise CheckpointError(f"{where}: the metadata sdkit_config is damaged")
+    return cast("dict[str, Any]", configs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sdkit.checkpoints.pickles import read_pickle, tensors_in
 from sdkit.errors import CheckpointError, one_line
-from sdkit.files import replacing
+from sdkit.files import parse_json, replacing
 
 
 def read_state(
@@ -117,7 +116,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: damaged or truncated safetensors file ({size} bytes)")
-        header = cast("dict[str, Any]", json.loads(file.read(length)))
+        header = cast("dict[str, Any]", parse_json(file.read(length), f"{path}: damaged header", CheckpointError))
         metadata = cast("dict[str, str]", header.pop("__metadata__", None) or {})
         end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     if 8 + length + end != size:

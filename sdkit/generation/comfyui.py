@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 from sdkit.errors import SDKitError
+from sdkit.files import parse_json
 from sdkit.generation.foreign import Foreign, sampler_named
 
 SCHEDULERS: Mapping[str, dict[str, str]] = {
@@ -38,10 +38,7 @@ def read_workflow(text: str, where: str) -> Foreign:
     Read are the sampler that starts from an empty latent or a picture, its texts, LoRAs, checkpoint and size. All
     other nodes are among the rest. ``where`` names the picture in errors. Raises SDKitError when this is no workflow.
     """
-    try:
-        nodes = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SDKitError(f"{where}: damaged ComfyUI metadata: {error}") from None
+    nodes = parse_json(text, f"{where}: damaged ComfyUI metadata", SDKitError)
     if not isinstance(nodes, dict) or not all(map(_is_node, nodes.values())):  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
         raise SDKitError(f"{where}: damaged ComfyUI metadata: expected an object of nodes")
 

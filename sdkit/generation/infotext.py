@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sdkit.errors import ConfigError
+from sdkit.files import parse_json
 from sdkit.generation.foreign import Foreign, sampler_named
 from sdkit.sampling.samplers import SAMPLERS
 
@@ -138,8 +140,8 @@ def _split(text: str) -> tuple[str, str, dict[str, str]]:
 
 def _unquoted(text: str) -> str:
     try:
-        return str(json.loads(text)) if text.startswith('"') else text.strip()
-    except json.JSONDecodeError:
+        return str(parse_json(text, "infotext")) if text.startswith('"') else text.strip()
+    except ConfigError:
         return text
 
 

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdkit.errors import ConfigError, SDKitError
-from sdkit.files import replacing
+from sdkit.files import parse_json, replacing
 from sdkit.generation.comfyui import read_workflow
 from sdkit.generation.foreign import Foreign
 from sdkit.generation.infotext import a1111_parameters, read_infotext
@@ -51,10 +51,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = open_image(path).info.get("sdkit")
     if text is None:
         raise SDKitError(f"{path}: no sdkit metadata in this picture, nor A1111's or ComfyUI's (edited since?)")
-    try:
-        values = json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise SDKitError(f"{path}: damaged sdkit metadata: {error}") from None
+    values = parse_json(text, f"{path}: damaged sdkit metadata", SDKitError)
     if not isinstance(values, dict):
         raise SDKitError(f"{path}: damaged sdkit metadata: expected a JSON object, found {type(values).__name__}")
     return values

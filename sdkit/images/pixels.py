@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from sdkit.errors import ConfigError, NumericalError, SDKitError
+from sdkit.files import refuse_special
 
 ImageSource: TypeAlias = Image.Image | np.ndarray[Any, Any] | str | os.PathLike[str]
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -23,6 +24,7 @@ _FLOAT_RANGES = (1, 255)
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read a picture file completely and turn it upright (EXIF). Raises SDKitError that names the file."""
+    refuse_special(path, SDKitError)
     try:
         with Image.open(path) as image:
             image.load()

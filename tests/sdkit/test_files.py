@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdkit.errors import ConfigError
-from sdkit.files import new_folder, replace_section, replacing, section, temporary_name
+from sdkit.errors import ConfigError, SDKitError
+from sdkit.files import file_hash, new_folder, read_json, replace_section, replacing, section, temporary_name
+from sdkit.images.pixels import open_image
 
 
 def test_a_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
@@ -140,3 +141,22 @@ def test_what_a_killed_process_left_is_deleted_in_time(tmp_path: Path, way: Call
         before = set(os.listdir(tmp_path))
         write()
         assert before - set(os.listdir(tmp_path)) == gone
+
+
+# Reading
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{", "\xff", ""])
+def test_what_is_no_json_that_can_be_read_names_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode("latin1"))
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON \("):
+        read_json(file)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.png"
+    os.mkfifo(fifo)
+    for read in (read_json, file_hash, open_image):
+        with pytest.raises(SDKitError, match=r"fifo\.png: expected a regular file, found a FIFO, socket or device"):
+            read(fifo)

@@ -244,9 +244,7 @@ def test_a_tensor_that_repeats_itself_is_refused(zipped: bool, tmp_path: Path) -
     huge = torch.ones(1).expand(1 << 40)
     torch.save({"a": torch.ones(2), "b": huge}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     for device in ("cpu", "meta"):
-        with pytest.raises(
-            CheckpointError, match=r"b: expected \[1099511627776\] numbers, found a repetition"
-        ):
+        with pytest.raises(CheckpointError, match=r"b: expected \[1099511627776\] numbers, found a repetition"):
             tensors_in(read_pickle(tmp_path / "a.pt", device), "a.pt")
 
 

@@ -6,10 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
-
-if TYPE_CHECKING:
-    from sdkit.diffusion_model import DiffusionModel
+from typing import Any, ParamSpec, Self, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,8 +30,8 @@ class ModelLock:
         return ModelLock, ()
 
 
-def alone(change: Callable[Concatenate[DiffusionModel, P], R]) -> Callable[Concatenate[DiffusionModel, P], R]:
-    """A function of a model that waits until no other thread draws with it or changes it."""
+def alone(change: Callable[P, R]) -> Callable[P, R]:
+    """A function of a model, its first argument, that waits until no other thread draws with it or changes it."""
 
     @wraps(change)
     def locked(*args: Any, **kwargs: Any) -> R:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.hypernetwork.whitening import Whitening, measure_contexts
-from sdkit.checkpoints.tensors import write_pickle
+from sdkit.checkpoints.tensors import is_finite, write_pickle
 from sdkit.checks import check_choice, expect, is_count, is_number
-from sdkit.errors import ConfigError
+from sdkit.errors import ConfigError, NumericalError
 
 _BY_CLASS_NAME = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
@@ -177,8 +177,10 @@ class Hypernetwork(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write A1111's ``.pt``, in float32, in torch's older form: A1111 refuses the members of newer zip files.
 
-        Raises CheckpointError when the file cannot be written.
+        Raises CheckpointError when the file cannot be written, NumericalError for weights that are not finite.
         """
+        if bad := [name for name, value in self.state_dict().items() if not is_finite(value)]:
+            raise NumericalError(f"{path}: {bad[0]} is not saved: it has NaN or infinity")
         content: dict[str | int, Any] = {**self.settings, **self.facts}
         for width, pair in self.layers.items():
             content[int(width)] = tuple(network.plain_state() for network in cast("Sequence[Residual]", pair))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sdkit.checkpoints.tensors import is_finite
 from sdkit.errors import CheckpointError, ConfigError, one_line
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.text_encoder import build_text_encoder, load_text_state
@@ -119,18 +120,11 @@ def give_weights(module: Module, state: Mapping[str, Tensor], where: str) -> Mod
 
 def _name_not_finite(state: Mapping[str, Tensor], where: str) -> None:
     """A warning for weights that are NaN or infinite: whatever passes through them will be, too."""
-    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    bad = [key for key, tensor in state.items() if not is_finite(tensor)]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         logger.warning("%s: the weights %s%s are not finite: the file is damaged, or was trained or saved so",
                        where, bad[0], more)  # fmt: skip
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0 or tensor.device.type == "meta":
-        return True
-    low, high = torch.aminmax(tensor)  # both are NaN where one value is; no map of bools
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def give_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor], where: str) -> CLIPTextModel:

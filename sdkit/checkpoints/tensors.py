@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdkit.checkpoints.pickles import read_pickle, tensors_in
-from sdkit.errors import CheckpointError, one_line
+from sdkit.errors import CheckpointError, ConfigError, NumericalError, one_line
 from sdkit.files import parse_json, replacing
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights are written in."""
 
 
 def read_state(
@@ -54,13 +58,45 @@ def write_state(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, under a temporary name first. Raises CheckpointError when it cannot be written."""
+    """Write a safetensors file, under a temporary name first; the same tensors are the same bytes.
+
+    Raises CheckpointError when it cannot be written, NumericalError for a tensor that is not finite, or not as
+    ``dtype``, ConfigError for a dtype that is not among DTYPES.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, found {dtype}")
     tensors = {key: _cast(value.detach(), dtype).cpu().contiguous() for key, value in state.items()}
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            why = f"its largest value does not fit {dtype}" if is_finite(state[key]) else "it has NaN or infinity"
+            raise NumericalError(f"{path}: {key} is not saved: {why}")
+
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, {"format": "pt"} | dict(metadata or {}))
         except SafetensorError as error:
             raise OSError(str(error)) from None
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata of a safetensors file in the order of their names: the library writes them in any."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, file
+        stream.seek(8)
+        stream.write(text)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; of a tensor without data it is not known to have others."""
+    if tensor.numel() == 0 or tensor.device.type == "meta" or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN where one value is; no map of bools
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def write_pickle(content: object, path: str | Path) -> None:

@@ -19,7 +19,7 @@ HOMES = {"sdkernels": "kernels/sdkernels", "sdkit": "sdkit", "finetune": "finetu
 FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sdkit": (
         ("errors", "importing", "version"),
-        ("checks", "devices", "files", "graphs", "model_lock"),
+        ("checks", "devices", "files", "graphs", "model_lock", "typed_json"),
         ("adapter_kinds", "images"),
         ("networks", "sampling"),
         ("prompts",),

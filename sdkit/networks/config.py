@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+from sdkit.checks import POSITIVE, Range
 from sdkit.errors import ConfigError
 from sdkit.files import read_json
+from sdkit.typed_json import checked
 
 # Written by diffusers for its own bookkeeping; they say nothing about the network.
 BOOKKEEPING = frozenset(
@@ -32,6 +34,13 @@ BOOKKEEPING = frozenset(
 )
 
 
+Width = Annotated[int, Range(1, 65_536)]
+"""A number of channels, features, heads, groups, or cells along a side."""
+
+Depth = Annotated[int, Range(1, 64)]
+"""A number of layers in a block."""
+
+
 class _JsonConfig:
     """Reading and writing shared by the dataclasses below. ``INERT`` maps a key to its harmless values."""
 
@@ -49,7 +58,8 @@ class _JsonConfig:
         ]
         if unknown:
             raise ConfigError(f"{cls.CLASS_NAME} config: unsupported {', '.join(sorted(unknown))}")
-        return cls(**{k: _freeze(v) for k, v in values.items() if k in known})
+        own = {key: value for key, value in values.items() if key in known}
+        return cls(**checked(cls, own, f"{cls.CLASS_NAME} config"))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -59,10 +69,6 @@ class _JsonConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as diffusers writes it, ``_class_name`` first."""
         return {"_class_name": self.CLASS_NAME} | {k: _thaw(v) for k, v in asdict(self).items()}  # type: ignore[call-overload]
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(v) for v in value) if isinstance(value, list) else value
 
 
 def _thaw(value: Any) -> Any:
@@ -107,21 +113,21 @@ class UNetConfig(_JsonConfig):
         "freq_shift": (0,),
     }
 
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: Width | tuple[Width, Width] | None = None
+    in_channels: Width = 4
+    out_channels: Width = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    downsample_padding: int = 1
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
+    block_out_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    layers_per_block: Depth | tuple[Depth, ...] = 2
+    downsample_padding: Annotated[int, Range(0, 1)] = 1
+    norm_num_groups: Width = 32
+    norm_eps: Annotated[float, Range(0, 1)] = 1e-5
+    cross_attention_dim: Width | tuple[Width, ...] = 1280
+    transformer_layers_per_block: Depth | tuple[Depth, ...] = 1
+    attention_head_dim: Width | tuple[Width, ...] = 8
+    num_attention_heads: Width | tuple[Width, ...] | None = None
     only_cross_attention: bool | tuple[bool, ...] = False
     use_linear_projection: bool = False
     upcast_attention: bool = False
@@ -152,16 +158,16 @@ class VAEConfig(_JsonConfig):
         "shift_factor": (None, 0.0),
     }
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Width = 3
+    out_channels: Width = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, int] = 32
-    scaling_factor: float = 0.18215
+    block_out_channels: tuple[Width, ...] = (64,)
+    layers_per_block: Depth = 1
+    latent_channels: Width = 4
+    norm_num_groups: Width = 32
+    sample_size: Width | tuple[Width, Width] = 32
+    scaling_factor: Annotated[float, POSITIVE] = 0.18215
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True

@@ -9,13 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdkernels
+from sdkit.errors import ConfigError
 from sdkit.networks.convolution import Conv2d
 from sdkit.networks.fusion import Sum, convolve, pointwise
 
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm on our kernel, with SiLU, a per-(sample, channel) vector ``add`` [B or 1, C] and a per-channel one
-    ``shift`` [C] fused in."""
+    ``shift`` [C] fused in. Raises ConfigError where the channels do not divide into the groups."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        if channels % groups:
+            raise ConfigError(f"norm_num_groups: {channels} channels do not divide into {groups} groups")
+        super().__init__(groups, channels, eps)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # three optional arguments more
         self, x: Tensor, activation: str | None = None, add: Tensor | None = None, shift: Tensor | None = None

@@ -55,22 +55,20 @@ def draw_grid(given: Given, vary: Sequence[str]) -> None:
     from tqdm import tqdm
 
     axes, given = _axes(given, vary)
-    (path,) = destinations("grid.png" if given.output.out == "out.png" else given.output.out, 1)
+    places = destinations("grid.png" if given.output.out == "out.png" else given.output.out, 1)
     cells = {place: _cell(given, axes, place) for place in product(*(range(len(axis.values)) for axis in axes))}
 
     for cell in cells.values():
         cell.check_early()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     images: dict[tuple[int, ...], Image.Image] = {}
     shown = given.arguments["progress"] and sys.stderr.isatty()
-    bar = tqdm(total=len(cells), unit="picture", disable=not shown)
-    for sd, place, cell in _by_model(cells):
-        arguments = cell.arguments | {"num_images_per_prompt": 1, "preview_every": 0, "progress": False}
-        images[place] = getattr(sd, cell.task.method)(**arguments).images[0]
-        _write(images, axes, path, given, vary)
-        bar.update()
-    bar.close()
+    with places.taken() as (path,), tqdm(total=len(cells), unit="picture", disable=not shown) as bar:
+        for sd, place, cell in _by_model(cells):
+            arguments = cell.arguments | {"num_images_per_prompt": 1, "preview_every": 0, "progress": False}
+            images[place] = getattr(sd, cell.task.method)(**arguments).images[0]
+            _write(images, axes, path, given, vary)
+            bar.update()
     print(path)
 
 

@@ -23,7 +23,7 @@ from sdkit.cli.options import (
     VaeOption,
     ZeroSnrOption,
 )
-from sdkit.cli.output import Watch, destinations, write_pictures
+from sdkit.cli.output import Destinations, Watch, destinations, write_pictures
 from sdkit.errors import SDKitError
 from sdkit.model_parts import ModelParts, load_model
 
@@ -37,7 +37,7 @@ OTHER_FACTS = {"task", "files", "dtype", "version"}  # beside arguments and the 
 def make_pictures(given: Given) -> None:
     """Load the model, make the pictures, write them."""
     arguments, output = dict(given.arguments), given.output
-    paths = destinations(output.out, arguments.pop("num_images_per_prompt"))
+    places = destinations(output.out, arguments.pop("num_images_per_prompt"))
     parts = given.model.parts(given.adapters)
 
     asked, steps = arguments.pop("preview_every"), arguments["num_inference_steps"]
@@ -51,7 +51,7 @@ def make_pictures(given: Given) -> None:
 
     given.check_early()
     sd = given.model.load(given.adapters)
-    _make(sd, given.task.method, arguments, paths, parts, watch)
+    _make(sd, given.task.method, arguments, places, parts, watch)
 
 
 def reproduce(
@@ -92,10 +92,10 @@ def reproduce(
     if unknown := sorted(facts.keys() - arguments.keys() - ModelParts.names() - OTHER_FACTS):
         raise SDKitError(f"{picture}: made with what is not known here: {', '.join(unknown)}")
 
-    paths, parts = destinations(out, 1), ModelParts.read(facts)
+    places, parts = destinations(out, 1), ModelParts.read(facts)
     dtype = Precision(facts["dtype"]) if facts.get("dtype") in list(Precision) else None
     sd = load_model(parts, device, dtype, backend, graphs)
-    _make(sd, task, arguments, paths, parts, Watch(progress=progress))
+    _make(sd, task, arguments, places, parts, Watch(progress=progress))
 
 
 def _facts(picture: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,17 +125,17 @@ def _make(
     sd: StableDiffusion,
     task: str,
     arguments: Mapping[str, Any],
-    paths: list[Path],
+    places: Destinations,
     parts: ModelParts,
     watch: Watch,
 ) -> None:
-    """Make one picture for each of ``paths`` and write it."""
+    """Make one picture for each of ``places`` and write it."""
     started = time.perf_counter()
     result = getattr(sd, task)(
         **arguments,
-        num_images_per_prompt=len(paths),
+        num_images_per_prompt=len(places.paths),
         preview_every=watch.every,
         attention_maps=watch.attention,
         progress=watch.progress and sys.stderr.isatty(),
     )
-    write_pictures(result, paths, parts.facts(), watch, time.perf_counter() - started)
+    write_pictures(result, places, parts.facts(), watch, time.perf_counter() - started)

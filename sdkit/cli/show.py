@@ -13,7 +13,8 @@ import typer
 
 from sdkit.cli.options import BackendOption, DeviceOption, DtypeOption, ModelOption
 from sdkit.cli.output import destinations
-from sdkit.errors import ConfigError
+from sdkit.errors import ConfigError, SDKitError
+from sdkit.files import replacing
 from sdkit.model_parts import ModelParts, load_model
 
 if TYPE_CHECKING:
@@ -232,12 +233,12 @@ def show(
         if value not in (None, []) and name not in reads:
             raise ConfigError(f"--{name}: sdkit show {topic} has no use for it")
 
-    (path,) = destinations(out or f"{topic}.png", 1)
+    places = destinations(out or f"{topic}.png", 1)
     sd = load_model(ModelParts(model), device, dtype, backend)
     asked = Asked(sd, model, prompt, image, 1 if seed is None else seed, steps or 30, sampler, classifier, label)
     picture = figure(asked)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+    with places.taken() as (path,), replacing(path, SDKitError) as temporary:
+        picture.save(temporary, "PNG", optimize=True)
     print(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sdkit.cli.output import destinations
 from tests.conftest import read_image
 from tests.sdkit.cli.conftest import FakeStableDiffusion, Run
 
@@ -46,3 +47,29 @@ def test_attention_maps_are_written_beside_the_picture(run: Run, tiny: Path) -> 
     status, out, err = run("txt2img", "a cat", *common, "--attention-map")
     assert (status, err) == (0, "") and "out-0002-attention.png" in out
     assert read_image("out-0001-attention.png").width > 2 * 256
+
+
+def test_numbers_that_another_process_takes_meanwhile_are_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / "0001.png").write_text("there before")
+    mine, theirs = (destinations(str(tmp_path), 2) for _ in range(2))
+    with theirs.taken() as first:
+        for file in first:
+            file.write_text("theirs")
+    with mine.taken() as second:
+        assert not {*first} & {*second}
+        second[0].write_text("mine")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "0001.png": "there before", "0002.png": "theirs", "0003.png": "theirs", "0004.png": "mine",
+    }  # fmt: skip
+
+
+def test_after_an_error_no_empty_file_is_left(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), destinations(f"{tmp_path}/new/", 3).taken():
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_numbers_go_on_behind_9999(tmp_path: Path) -> None:
+    (tmp_path / "9999.png").touch()
+    (tmp_path / "10000-strip.png").touch()
+    assert destinations(str(tmp_path), 1).paths == [tmp_path / "10001.png"]

@@ -74,7 +74,7 @@ def test_epsilon_has_the_papers_weights_and_zero_snr_a_floor() -> None:
 
 def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() -> None:
     count = torch.tensor([1] * 700 + [2] * 200 + [3] * 100)
-    index = torch.cat([draw_pictures(by_count(count), step_generator(3, k)) for k in range(100)])
+    index = torch.cat([draw_pictures(by_count(count), COUNTS, step_generator(3, k)) for k in range(100)])
     drawn = count[index]
     assert len(index.unique()) > 860  # each in a group as likely as another
     shares = drawn.bincount(minlength=4)[1:] / len(drawn)
@@ -95,7 +95,7 @@ def test_batches_hold_their_shares_of_counts_and_every_part_of_the_schedule() ->
 
 def test_pictures_that_all_show_one_are_drawn_alike() -> None:
     groups = by_count(torch.ones(40, dtype=torch.int64))
-    drawn = torch.cat([draw_pictures(groups, step_generator(3, k)) for k in range(40)])
+    drawn = torch.cat([draw_pictures(groups, COUNTS, step_generator(3, k)) for k in range(40)])
     assert drawn.bincount(minlength=40).min() > 10
 
 

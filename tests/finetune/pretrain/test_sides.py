@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.pretrain import sides
 from finetune.pretrain.exchanged_pairs import render_pairs
 from finetune.pretrain.grounding import Places, of_samples
 from finetune.pretrain.noise_predictor import Batch, Draws, PredictorLoss
 from finetune.pretrain.sides import (
-    ORDINARY,
-    PAIRS,
+    KEPT_UP,
+    TAUGHT,
     SidedDraws,
     SidedLoss,
     TextLoss,
@@ -20,6 +19,7 @@ from finetune.pretrain.sides import (
     share_of_sided,
     side_loss,
     text_batches,
+    told_apart,
 )
 from finetune.pretrain.world.pictures import GRID, training_pictures
 from sdkit.checkpoints import loading
@@ -87,16 +87,17 @@ def draws(parts: loading.Components, tmp_path_factory: pytest.TempPathFactory) -
     side = 16 * parts.vae.config.factor
     pictures = training_pictures(work, 64, 32, side)
     latents = torch.randn(len(pictures), 4, 16, 16, generator=torch.Generator().manual_seed(1)).half()
-    return SidedDraws(Draws(pictures, latents, parts.tokenizer, 77), render_pairs(parts.vae, 64, 8, side))
+    return SidedDraws(Draws(pictures, latents, parts.tokenizer, 77), render_pairs(parts.vae, 64, 8, side), teaching=10)
 
 
 def test_a_scene_and_its_exchanged_one_have_the_same_noise(draws: SidedDraws) -> None:
-    batch, halves = draws(3)
-    assert len(batch.t) == ORDINARY + 2 * PAIRS and len(draws.pairs.latents) == 2 * draws.pairs.number
-    ones, others = (slice(ORDINARY + k, None, 2) for k in range(2))
+    batch, halves, mixture = draws(3)
+    assert mixture is TAUGHT
+    assert len(batch.t) == TAUGHT.ordinary + 2 * TAUGHT.pairs and len(draws.pairs.latents) == 2 * draws.pairs.number
+    ones, others = (slice(TAUGHT.ordinary + k, None, 2) for k in range(2))
     assert torch.equal(batch.noise[ones], batch.noise[others]) and torch.equal(batch.t[ones], batch.t[others])
     assert not torch.equal(batch.x0[ones], batch.x0[others])
-    assert batch.t[ORDINARY:].min() >= 550 and int(halves.sample.min()) >= ORDINARY
+    assert batch.t[TAUGHT.ordinary :].min() >= 550 and int(halves.sample.min()) >= TAUGHT.ordinary
     again = draws(3)
     assert torch.equal(again.batch.x0, batch.x0) and torch.equal(again.halves.token, halves.token)
 
@@ -107,6 +108,14 @@ def test_a_scene_and_its_exchanged_one_have_the_same_noise(draws: SidedDraws) ->
         kept = [(int(s), int(t)) for s, t in zip(halves.sample, halves.token, strict=True) if s % 2 == process]
         found = zip(part.halves.sample.tolist(), part.halves.token.tolist(), strict=True)
         assert [(2 * s + process, t) for s, t in found] == kept
+
+
+def test_after_the_teaching_most_pictures_are_ordinary(draws: SidedDraws) -> None:
+    last, first = draws(9), draws(10)
+    assert last.mixture is TAUGHT and first.mixture is KEPT_UP
+    assert len(first.batch.t) == KEPT_UP.ordinary + 2 * KEPT_UP.pairs
+    assert int(first.halves.sample.min()) >= KEPT_UP.ordinary
+    assert all(share_of_sided(first, process, 2).mixture is KEPT_UP for process in range(2))
 
 
 def test_all_that_is_read_is_trained(parts: loading.Components, draws: SidedDraws) -> None:
@@ -121,6 +130,12 @@ def test_all_that_is_read_is_trained(parts: loading.Components, draws: SidedDraw
 
     with torch.no_grad():
         plain = predictor(batch.batch)
-        assert float(value) - float(plain) > sides.ROWS * 0.3  # a middle block that is read as 0 is a third off
+        assert float(value) - float(plain) > TAUGHT.rows * 0.3  # a middle block that is read as 0 is a third off
         turned = batch.halves._replace(cover=1 - batch.halves.cover)
         assert float(loss(batch._replace(halves=turned))) != pytest.approx(float(value), abs=1e-4)
+
+
+def test_sides_are_told_apart_by_the_shipped_model_alone(parts: loading.Components, draws: SidedDraws) -> None:
+    schedule = NoiseSchedule(prediction_type="v_prediction")
+    predictor = PredictorLoss(parts.unet, parts.text_encoder, copy.deepcopy(parts.text_encoder), schedule)
+    assert told_apart(predictor, parts.tokenizer, draws.pairs, 800) >= 80

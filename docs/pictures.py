@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/README.md with the shipped model: ``make pictures`` (a few minutes on two CPU cores)."""
+"""Draw the pictures of README.md and docs/README.md with the shipped model: ``make pictures`` (minutes, two cores)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def row(images: list[Image.Image], captions: list[str], columns: int | None = No
 def samplers(sd: sdkit.StableDiffusion) -> Image.Image:
     """The same seed by every sampler, in 20 steps; the two that expect a distilled network are left out."""
     names = [name for name in SAMPLERS if name not in ("lcm", "tcd")]
-    images = [draw(sd, PAIR, sampler=name, num_inference_steps=20) for name in names]
+    images = [draw(sd, PAIR, sampler=name, num_inference_steps=20, guidance_scale=3.0) for name in names]
     return row(images, names, 8)
 
 
@@ -80,10 +80,8 @@ def hires(sd: sdkit.StableDiffusion) -> Image.Image:
 def variations(sd: sdkit.StableDiffusion) -> Image.Image:
     """From one seed to another."""
     strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    images = [
-        draw(sd, PAIR, seed=3, sampler="ddim", variation_strength=s, **({"variation_seed": 8} if s else {}))
-        for s in strengths
-    ]
+    towards = [{"variation_strength": s, "variation_seed": 8} if s else {} for s in strengths]
+    images = [draw(sd, PAIR, seed=3, sampler="ddim", guidance_scale=3.0, **way) for way in towards]
     return row(images, [f"variation_strength {s:g}" for s in strengths])
 
 
@@ -99,12 +97,21 @@ def trajectory(sd: sdkit.StableDiffusion) -> Image.Image:
     return trajectory_figure(plan, out.previews, final=out.images[0])
 
 
+def strip(sd: sdkit.StableDiffusion) -> Image.Image:
+    """README.md's: eight of the steps, and the picture."""
+    prompt = "a green cone and a yellow torus"
+    out = sd.text_to_image(prompt, num_inference_steps=30, seed=1, preview_every=4, progress=False)
+    frames = [preview.images[0] for preview in out.previews]
+    return sdkit.film_strip(frames, [preview.label for preview in out.previews], final=out.images[0])
+
+
 def draw(sd: sdkit.StableDiffusion, prompt: str, **options: object) -> Image.Image:
     arguments: dict[str, object] = {"seed": 1, "progress": False} | options
     return sd.text_to_image(prompt, **arguments).images[0]  # pyright: ignore[reportArgumentType]  # forwarded as given
 
 
 FIGURES: dict[str, Callable[[sdkit.StableDiffusion], Image.Image]] = {
+    "strip": strip,
     "samplers": samplers,
     "guidance": guidance,
     "classifier": classifier_guidance,

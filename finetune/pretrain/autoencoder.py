@@ -44,7 +44,7 @@ TEST_SEED = 1_000_001
 UNSEEN = 256  # renders that are measured and never trained on
 
 
-def config(factor: int = 4, size: int = SIZE) -> VAEConfig:
+def config(factor: int = 8, size: int = SIZE) -> VAEConfig:
     """A small VAE whose latents are ``factor`` times smaller than its pictures of ``size`` pixels."""
     widths = WIDTHS[factor]
     return VAEConfig(
@@ -178,8 +178,8 @@ def main(
     init: Annotated[Path | None, typer.Option(help="A VAE of this kind to go on from; else from nothing.")] = None,
     scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures.", min=16)] = SIZE,
-    factor: Annotated[int, typer.Option(help="How much smaller latents are: 4 or 8.")] = 4,
-    steps: Annotated[int, typer.Option(help="Training steps of the whole VAE.", min=1)] = 4200,
+    factor: Annotated[int, typer.Option(help="How much smaller latents are: 4 or 8.")] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps of the whole VAE.", min=1)] = 5000,
     decoder_steps: Annotated[int, typer.Option(help="Then steps of the decoder alone.", min=1)] = 1500,
     batch_size: Annotated[int, typer.Option(help="Pictures a step.", min=1)] = 16,
     crop: Annotated[int, typer.Option(help="Train the whole VAE on squares of so many pixels; 0: on pictures.")] = 0,

@@ -332,7 +332,7 @@ def main(
     scenes: Annotated[int, typer.Option(help=SCENES_HELP, min=64)] = SCENES,
     size: Annotated[int, typer.Option(help="Width and height of the pictures, a multiple of 8.", min=16)] = SIZE,
     text: Annotated[Text, typer.Option(help="The text encoder: small, or larger.")] = Text.v1,
-    steps: Annotated[int, typer.Option(help="Training steps of at most 128 pictures.", min=1)] = 800,
+    steps: Annotated[int, typer.Option(help="Training steps of at most 128 pictures.", min=1)] = 2_500,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; 1e-3 collapses.")] = 3e-4,
 ) -> None:
     """Train tokenizer, text encoder and image encoder; a killed run goes on where it stopped."""

@@ -43,7 +43,7 @@ CASES = {"striped": "a new surface, striped", "photographs": "real photographs"}
 
 
 def write_photographs(folder: Path) -> None:
-    """Write pieces of SIZE × SIZE, of both photographs halved: ``folder/data``, of the right part ``folder/unseen``."""
+    """Write both photographs in pieces of SIZE × SIZE: ``folder/data``, and of the right part ``folder/unseen``."""
     from sklearn.datasets import load_sample_images
 
     for kind in ("data", "unseen"):
@@ -51,13 +51,12 @@ def write_photographs(folder: Path) -> None:
 
     for number, array in enumerate(load_sample_images().images):
         whole = Image.fromarray(array)
-        half = whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS)
-        columns, rows = half.width // SIZE, half.height // SIZE
+        columns, rows = whole.width // SIZE, whole.height // SIZE
         for column in range(columns):
             for row in range(rows):
                 x, y = column * SIZE, row * SIZE
                 kind = "unseen" if column >= columns - 2 else "data"
-                half.crop((x, y, x + SIZE, y + SIZE)).save(folder / kind / f"{number}-{column}-{row}.png")
+                whole.crop((x, y, x + SIZE, y + SIZE)).save(folder / kind / f"{number}-{column}-{row}.png")
 
 
 def write_striped(folder: Path) -> None:

@@ -30,7 +30,7 @@ from sdkit.stable_diffusion import StableDiffusion
 
 SCENE_SEED = 4_000_001
 STRENGTHS = (0.0, 0.2, 0.5, 0.8, 1.0)
-MARGIN = 4  # pixels of the mask around the object
+MARGIN = SIZE // 16  # pixels of the mask around the object
 SECTION = "editing"
 
 Pair = tuple[str, str]

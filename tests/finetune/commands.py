@@ -30,5 +30,5 @@ def two_pictures(folder: Path) -> Path:
     folder.mkdir()
     for name, size, colour in (("a", (64, 64), "red"), ("b", (48, 80), "blue")):
         Image.new("RGB", size, colour).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"a {colour} wall")
+        (folder / f"{name}.txt").write_text(f"a {colour} cube")
     return folder

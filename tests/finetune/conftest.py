@@ -20,5 +20,5 @@ def pictures(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     for name in ("red", "blue"):
         Image.new("RGB", (64, 64), name).save(tmp_path / "data" / f"{name}.png")
-        (tmp_path / "data" / f"{name}.txt").write_text(f"a {name} wall")
+        (tmp_path / "data" / f"{name}.txt").write_text(f"a {name} cube")
     return tmp_path / "data"

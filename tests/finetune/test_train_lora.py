@@ -69,7 +69,12 @@ def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
         2,
     )
     printed = call(options)
-    assert "2: 1 of 64×64, 1 of 48×80" in printed and "15,872 parameters" in printed
+    sd = StableDiffusion.from_pretrained("tabletop")
+    side = sd.picture_size[0]
+    assert f"2: 1 of {side}×{side}, 1 of {3 * side // 4}×{5 * side // 4}" in printed
+    trained = match_targets(targets_of(sd.unet, "unet"), "cross_attention")
+    numbers = sum(2 * sum(sd.unet.get_submodule(target.path).weight.shape) for target in trained)
+    assert f"{numbers:,} parameters" in printed
     for name in (
         "lora.safetensors",
         "report.md",
@@ -88,11 +93,10 @@ def test_a_folder_of_pictures_becomes_a_lora(pictures: Path, tmp_path: Path):
     file = load_file(output / "lora.safetensors")
     state = load_state(saved_states(output)[-1])["weights"]
     assert len(file) >= len(state) > 0 and any(float(v.abs().max()) > 0 for k, v in file.items() if "lora_B" in k)
-    sd = StableDiffusion.from_pretrained("tabletop")
-    plain = sd.text_to_image("a red wall", seed=0, num_inference_steps=2, output_type="latent").latents
+    plain = sd.text_to_image("a red cube", seed=0, num_inference_steps=2, output_type="latent").latents
     finetune.load_lora(sd, output / "lora.safetensors")
     assert not torch.allclose(
-        sd.text_to_image("a red wall", seed=0, num_inference_steps=2, output_type="latent").latents, plain, atol=1e-3
+        sd.text_to_image("a red cube", seed=0, num_inference_steps=2, output_type="latent").latents, plain, atol=1e-3
     )
 
 
@@ -206,7 +210,7 @@ def test_a_run_goes_on_from_a_file_and_needs_it_once(pictures: Path, first: Path
     [
         (("--rank", 3), "rank: expected that of .*first.safetensors, 2, 3, or none to follow it, found 3"),
         (("--alpha", 7), "alpha: expected that of .*, 1, 1.5, 4, 6, or none to follow it, found 7"),
-        (("--targets", "attention"), "targets: expected those of .*, which has unet.*, or none to follow it"),
+        (("--targets", "attention"), "targets: expected those of .*, which (has|lacks) unet.*, or none to follow it"),
         (("--targets", "attn1.to_q", "--targets", "conv_in"), "which lacks unet.conv_in,"),
         (("--use-dora",), "use_dora: expected DoRA in .*, found LoRA"),
         (("--use-rslora",), "use_rslora: does nothing beside init_lora"),
@@ -298,10 +302,10 @@ def test_options_reach_what_they_are_for(pictures: Path, tmp_path: Path, monkeyp
         loss, batches, config, output, arguments = caught.value.args
         assert loss.config == LossConfig(snr_gamma=5.0, noise_offset=0.1) and config == TrainConfig(learning_rate=0.5)
         assert output == tmp_path / "run" and not (output / "cache").exists() and (tmp_path / "cache" / "text").exists()
-        assert batches(0).latents.shape[0] == 2 and set(batches(0).captions) <= {"a red wall", "a blue wall"}
+        assert batches(0).latents.shape[0] == 2 and set(batches(0).captions) <= {"a red cube", "a blue cube"}
         blocks = [m for m in loss.unet.modules() if isinstance(m, RECOMPUTED)]
         assert all(isinstance(m.forward, partial) != bool(more) for m in blocks) and len(blocks) > 10
-        assert arguments["validate"].args[2] == (("x",) if more else ("a red wall", "a blue wall"))
+        assert arguments["validate"].args[2] == (("x",) if more else ("a red cube", "a blue cube"))
         facts.append(arguments["facts"])
     assert {k for k in facts[0] if facts[0][k] != facts[1][k]} == {"clip_skip"}
     options = {f.name for kind in (LoraOptions, DataConfig, LossConfig) for f in fields(kind)} - set(PLACES)
@@ -369,17 +373,17 @@ def test_a_resumed_run_that_has_changed_says_in_what(pictures: Path, tmp_path: P
     assert (
         "resolution none, now 48" in said
         and "rank none, now 4" in said
-        and "a.png: bucket (64, 64), now (48, 48)" in said
+        and f"a.png: bucket {StableDiffusion.from_pretrained(folder).picture_size}, now (48, 48)" in said
     )
     assert "max_train_steps: the run has done 2 already, found 1" in refused("--max-train-steps", 1)
 
-    (pictures / "a.txt").write_text("a green wall")
+    (pictures / "a.txt").write_text("a green cube")
     (pictures / "b.png").rename(pictures / "c.png")
     (pictures / "b.txt").rename(pictures / "c.txt")
-    assert "pictures: added c.png; removed b.png; a.png: caption 'a red wall', now 'a green wall'" in refused()
+    assert "pictures: added c.png; removed b.png; a.png: caption 'a red cube', now 'a green cube'" in refused()
     (pictures / "c.png").rename(pictures / "b.png")
     (pictures / "c.txt").rename(pictures / "b.txt")
-    (pictures / "a.txt").write_text("a red wall")
+    (pictures / "a.txt").write_text("a red cube")
 
     Image.new("RGB", (64, 64), "yellow").save(pictures / "a.png")
     assert "pictures: a.png: content: not the same" in refused()

@@ -21,9 +21,9 @@ from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import Scenes, sample_scenes, siblings
 from sdkit.files import write_text
 
-SIZE = 64
+SIZE = 128
 GRID = 16  # cells in a row of what is known of where objects are
-SCENES, SCENES_HELP = 32_000, "Tabletop scenes to render; half as many siblings more."
+SCENES, SCENES_HELP = 24_000, "Tabletop scenes to render; half as many siblings more."
 COUNTS, REPEATS = (0.35, 0.5, 0.15), 0.2  # how many have one, two and three objects; of those of several, alike ones
 TRAINING_SEED = 1
 CHUNK = 128

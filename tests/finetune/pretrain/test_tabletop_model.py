@@ -108,7 +108,7 @@ def test_the_bars_of_the_model_card(sd: StableDiffusion, probe: Probe) -> None:
     assert figures["colour and shape right"] >= 90
     assert figures["colour and shape right, each with probability over 0.9"] >= 85
     assert figures["worst shape"] >= 75 and figures["exactly one object"] >= 93
-    assert mean_psnr(sd.vae, unseen_renders()) >= 35 and retrieval(*reconstruct_clip(FOLDER)).picture >= 0.8
+    assert mean_psnr(sd.vae, unseen_renders()) >= 33 and retrieval(*reconstruct_clip(FOLDER)).picture >= 0.8
     assert min(accuracy(probe).values()) >= 98
 
 
@@ -116,7 +116,7 @@ def test_the_bars_of_the_model_card(sd: StableDiffusion, probe: Probe) -> None:
 def test_two_objects(sd: StableDiffusion, probe: Probe) -> None:
     two = sample_scenes(200, PROMPT_SEED + 2, counts=(0.0, 1.0, 0.0))
     prompts = captions(two, PROMPT_SEED + 2)
-    assert both_right(two, draw(sd, probe, prompts, 1000, guidance=7.5, steps=30)) >= 65
+    assert both_right(two, draw(sd, probe, prompts, 1000, guidance=7.5, steps=30)) >= 80
 
 
 def test_the_model_card_names_its_command() -> None:

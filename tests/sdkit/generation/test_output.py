@@ -42,18 +42,18 @@ def test_what_no_png_can_hold_is_refused(sd: StableDiffusion, tmp_path: Path) ->
 
 
 def test_an_output_says_what_it_is_in_a_line(sd: StableDiffusion) -> None:
-    small = FEW | {"height": 64, "width": 96}
-    assert repr(sd("", seed=3, **small)) == "Output(1 picture of 96 x 64, seed 3, 2 steps)"
-    assert repr(sd(["", ""], seed=3, **small)) == "Output(2 pictures of 96 x 64, seeds 3, 4, 2 steps)"
+    small = FEW | {"height": 128, "width": 96}
+    assert repr(sd("", seed=3, **small)) == "Output(1 picture of 96 x 128, seed 3, 2 steps)"
+    assert repr(sd(["", ""], seed=3, **small)) == "Output(2 pictures of 96 x 128, seeds 3, 4, 2 steps)"
     latents = sd("", latents=torch.zeros(1, 4, 16, 16), output_type="latent", **FEW)
     assert repr(latents) == "Output(1 latents of 16 x 16, 2 steps)"
 
 
 def test_a_notebook_shows_the_pictures(sd: StableDiffusion) -> None:
-    small = FEW | {"height": 64, "width": 64}
+    small = FEW | {"height": 128, "width": 128}
     one, three = (sd([""] * count, seed=3, **small)._repr_png_() for count in (1, 3))
     assert one is not None and three is not None
-    assert Image.open(BytesIO(one)).size == (64, 64) and Image.open(BytesIO(three)).width > 3 * 64
+    assert Image.open(BytesIO(one)).size == (128, 128) and Image.open(BytesIO(three)).width > 3 * 128
     assert Output(torch.zeros(1, 3, 8, 8), torch.zeros(1), [], 1)._repr_png_() is None
 
 

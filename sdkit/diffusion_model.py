@@ -54,7 +54,7 @@ class DiffusionModel:
     its vectors [n, D]. ``graphs`` as in `load`. ``made_of`` holds what the model was loaded from, by the names that
     the metadata of pictures has: model, vae, text_encoder, prediction, zero_snr; None for what was no file. ``words``
     are those that a small model knows, None for one that does not say; a prompt with others is a warning. ``lock`` is
-    held by the thread that draws with the model, or changes its adapters, words or VAE.
+    shared by the threads that draw with the model; one that changes its adapters, words or VAE has it alone.
     """
 
     def __init__(self, components: Components, backend: str | None = None, graphs: bool | None = None) -> None:

@@ -126,5 +126,7 @@ class StableDiffusion(DiffusionModel):
         return self._run(task, prompt, negative_prompt, settings)
 
     def _run(self, task: Task, prompt: Prompt, negative_prompt: Prompt, settings: Settings) -> Output:
-        with self.lock:
-            return generate(make_request(self, task, prompt, negative_prompt, settings))
+        request = make_request(self, task, prompt, negative_prompt, settings)
+        changed = request.prompts.networks or self.textual_inversions or settings.attention_maps  # for this picture
+        with self.lock.alone() if changed else self.lock.shared():
+            return generate(request)

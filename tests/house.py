@@ -19,8 +19,8 @@ HOMES = {"sdkernels": "kernels/sdkernels", "sdkit": "sdkit", "finetune": "finetu
 FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sdkit": (
         ("errors", "importing", "version"),
-        ("checks", "devices", "files", "graphs", "model_lock", "typed_json"),
-        ("adapter_kinds", "images"),
+        ("checks", "devices", "files", "graphs", "model_lock"),
+        ("adapter_kinds", "images", "typed_json"),
         ("networks", "sampling"),
         ("prompts",),
         ("checkpoints",),

@@ -135,6 +135,7 @@ class RunState:
             "weights": weights,
             "optimizer": moments,
             "average": average,
+            "buffers": {name: full_tensor(value) for name, value in self.loss.named_buffers()},
             "scaler": None if scaler is None else scaler.state_dict(),
             "history": [tuple(r) for r in self.history.rows],
         }
@@ -181,6 +182,11 @@ class RunState:
             self.optimizer.state[p] = {key: _placed_like(value, p) for key, value in moments}
             if self.average is not None:
                 self.average.values[name].copy_(_placed_like(state["average"][name], p))
+
+        saved = state.get("buffers", {})  # such as the running means of BatchNorm
+        for name, buffer in self.loss.named_buffers():
+            if name in saved:
+                buffer.copy_(saved[name])
 
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

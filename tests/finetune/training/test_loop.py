@@ -53,6 +53,25 @@ def test_a_run_that_is_killed_anywhere_goes_on_bit_for_bit(
     assert ("momentum" in moments["first.weight"]) == (optimizer == "muon") and "exp_avg" in moments["first.bias"]
 
 
+def test_running_means_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Normed(Regression):
+        def __init__(self, dropout: float) -> None:
+            super().__init__(dropout)
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return super().forward((self.norm(batch[0]), batch[1]))
+
+    monkeypatch.setattr(toy, "Regression", Normed)
+    whole, _ = toy.run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        toy.run(tmp_path / "killed", batches=dying(13))
+    resumed, _ = toy.run(tmp_path / "killed")
+    again, _ = toy.run(tmp_path / "killed")  # which is at its end
+    assert float(whole.get_buffer("norm.running_mean").abs().max()) > 1e-3
+    assert same(resumed, whole) and same(again, whole)
+
+
 def test_sigkill_and_resume_are_exact(tmp_path: Path):
     expected, history = toy.run(tmp_path / "whole")
     program = [sys.executable, "-m", "tests.finetune.toy", str(tmp_path / "killed"), "12", "0.05"]

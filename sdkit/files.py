@@ -93,6 +93,8 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 # Writing
 
 LEFT_ALONE = 3600  # seconds since it was changed for which nobody's temporary file is deleted
+CROWD = 1000  # entries from which on a folder is looked through once: a cache is written to once for each of them
+_crowded: set[Path] = set()
 
 
 def temporary_name(path: Path) -> Path:
@@ -105,8 +107,13 @@ def _remove_abandoned(path: Path) -> None:
     """Delete what processes of this machine that were killed an hour ago or earlier have left under a `temporary_name`
     of ``path``."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)-\d+\.tmp")
+    if path.parent in _crowded:
+        return
     with suppress(OSError):
-        for entry in os.scandir(path.parent):
+        entries = list(os.scandir(path.parent))
+        if len(entries) > CROWD:
+            _crowded.add(path.parent)
+        for entry in entries:
             name = pattern.fullmatch(entry.name)
             if name is None or time.time() - entry.stat(follow_symlinks=False).st_mtime < LEFT_ALONE:
                 continue

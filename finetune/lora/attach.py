@@ -199,8 +199,10 @@ def swap_lora(sd: DiffusionModel, path: str | Path, name: str) -> None:
     _check_slot(path, changes, words)
     for target, update in updates.items():
         _check_fits(path, target, update, slots[target].r[key] if target in slots else 0)
-    before = {target: layer.update_of(key) for target, layer in slots.items()}
-    before = {target: replace(held, down=held.down.clone(), up=held.up.clone()) for target, held in before.items()}
+    held = {target: layer.update_of(key) for target, layer in slots.items()}
+    before = {
+        target: replace(update, down=update.down.clone(), up=update.up.clone()) for target, update in held.items()
+    }
     try:
         for target, layer in slots.items():
             layer.load(key, updates.get(target))

@@ -12,8 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdkit import files
 from sdkit.errors import ConfigError, SDKitError
-from sdkit.files import file_hash, new_folder, read_json, replace_section, replacing, section, temporary_name
+from sdkit.files import (
+    file_hash,
+    new_folder,
+    read_json,
+    replace_section,
+    replacing,
+    section,
+    temporary_name,
+    write_text,
+)
 from sdkit.images.pixels import open_image
 
 
@@ -160,3 +170,15 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     for read in (read_json, file_hash, open_image):
         with pytest.raises(SDKitError, match=r"fifo\.png: expected a regular file, found a FIFO, socket or device"):
             read(fifo)
+
+
+def test_a_crowded_folder_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of a hundred thousand files would be listed as often."""
+    for number in range(12):
+        (tmp_path / str(number)).touch()
+    listed, original = list[Path](), os.scandir
+    monkeypatch.setattr(files, "CROWD", 10)
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or original(folder))
+    for number in range(5):
+        write_text(tmp_path / f"new-{number}", "x")
+    assert listed == [tmp_path]

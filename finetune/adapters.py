@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sdkit.adapter_kinds import AdapterKind, adapter_kinds, register_adapter_kind
-from sdkit.checks import expect, is_number
+from sdkit.checks import as_path, check_kind, expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.model_lock import alone
 from sdkit.prompts.tags import ExtraNetwork
@@ -143,6 +143,7 @@ def _of_every_kind(sd: DiffusionModel) -> dict[AdapterKind, dict[str, Adapter]]:
 
 def _named(sd: DiffusionModel, name: str | None) -> dict[AdapterKind, list[str]]:
     """The adapters of this name, or all. Raises ConfigError when there is none of that name."""
+    check_kind("name", name, (str, type(None)), "the name of an adapter, or None for all")
     known = _labelled(sd)
     if name is not None and name not in known:
         raise ConfigError(f"adapter {name!r}: expected one of the model's: {', '.join(known) or 'it has none'}")
@@ -165,6 +166,7 @@ def load_adapter(sd: DiffusionModel, path: str | Path, scale: float = 1.0, name:
     """
     from sdkit.checkpoints.inspection import inspect_file
 
+    expect(is_number(scale), "scale", "a finite number", scale)
     found = str(inspect_file(path)["kind"])
     for kind in adapter_kinds():
         if found in kind.files:
@@ -178,6 +180,7 @@ def save_adapter(sd: DiffusionModel, path: str | Path, name: str | None = None) 
 
     Raises ConfigError when it is not clear which one is meant, CheckpointError when it cannot be written.
     """
+    as_path("path", path)
     chosen = _named(sd, name)
     if sum(map(len, chosen.values())) != 1:
         raise ConfigError(f"save: expected a name, for the model has {', '.join(list_adapters(sd)) or 'no adapters'}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sdkit.errors import ConfigError
 
@@ -60,7 +63,34 @@ def most_like(name: str, known: Iterable[str]) -> str | None:
 def expect(ok: bool, name: str, expected: str, found: object) -> None:
     """Raise ConfigError unless ``ok``."""
     if not ok:
-        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
+        raise ConfigError(f"{name}: expected {expected}, found {shortened(found)}")
+
+
+def shortened(value: object) -> str:
+    """A value as it is written in Python, in one line of at most 80 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def as_path(name: str, value: object) -> Path:
+    """The path that an argument is. Raises ConfigError for what is none, or none that any system could have."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name}: expected a path, found {shortened(value)}")
+    path = Path(value)  # pyright: ignore[reportUnknownArgumentType]
+    try:
+        path.lstat()
+    except ValueError:
+        raise ConfigError(f"{name}: expected a path, found characters that none can have: {value!r}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{name}: expected a path, found a name too long for one: {shortened(value)}") from None
+    return path
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise ConfigError unless ``value`` is of the kind, which ``expected`` says in words; True is no number."""
+    is_flag = isinstance(value, bool) and bool not in (kind if isinstance(kind, tuple) else (kind,))
+    expect(isinstance(value, kind) and not is_flag, name, expected, value)
 
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -98,7 +128,8 @@ def check_positive(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
     """Raise ConfigError unless ``value`` is one of ``known``."""
-    expect(value in known, name, f"one of {', '.join(map(str, known))}", value)
+    is_known = any(isinstance(value, type(one)) and value == one for one in known)
+    expect(is_known, name, f"one of {', '.join(map(str, known))}", value)
 
 
 def refuse_unread(name: str, value: object, default: object, why: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sdkit.checks import check_kind, expect
 from sdkit.errors import ConfigError
 
 
@@ -12,6 +13,7 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
 
     Raises ConfigError when there is no such device, or it does not work.
     """
+    check_kind("device", device, (str, torch.device, type(None)), "the name of a device, or None")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=place).item()
@@ -25,6 +27,15 @@ def fast_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format
     else copy them at every call, and on a CPU in bfloat16. Values and state dicts are the same in both orders."""
     last = device.type == "cuda" or dtype == torch.bfloat16
     return torch.channels_last if last else torch.contiguous_format
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights are computed with and written in."""
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise ConfigError unless this is one of DTYPES, or None."""
+    expect(dtype is None or dtype in DTYPES, "dtype", f"one of {', '.join(map(str, DTYPES))}, or None", dtype)
 
 
 def find_dtype(name: str | None) -> torch.dtype | None:

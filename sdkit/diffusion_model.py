@@ -24,8 +24,8 @@ from sdkit.checkpoints.scheduler_config import (
     write_scheduler_config,
 )
 from sdkit.checkpoints.textual_inversion import TextualInversion, load_textual_inversion
-from sdkit.checks import nearest
-from sdkit.devices import LARGE, default_dtype, find_device
+from sdkit.checks import as_path, nearest
+from sdkit.devices import LARGE, check_dtype, default_dtype, find_device
 from sdkit.errors import CheckpointError, ConfigError, SDKitError
 from sdkit.graphs import Graphs
 from sdkit.model_lock import ModelLock, alone
@@ -161,7 +161,7 @@ class DiffusionModel:
         ``preset``, ``prediction_type``, ``zero_snr`` and ``use_ema`` as in
         `sdkit.checkpoints.single_file.load_single_file`, the others as in `load`. Raises CheckpointError.
         """
-        if Path(path).is_dir() or str(path) in loading.shipped_models():
+        if as_path("path", path).is_dir() or str(path) in loading.shipped_models():
             raise CheckpointError(f"{path}: expected a file, found a folder or a shipped model: call from_pretrained")
         dtype = _asked_dtype(dtype, others)
         _refuse_unknown(others, (*loading.SINGLE_FILE.options, *COMMON))
@@ -231,6 +231,7 @@ class DiffusionModel:
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         device = None if device is None else find_device(device)
+        check_dtype(dtype)
         for module in (self.unet, self.text_encoder):
             module.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=run_dtype(self.vae.config, dtype or self.vae.dtype))
@@ -242,11 +243,11 @@ class DiffusionModel:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers folder. Raises CheckpointError when that is not possible."""
-        loading.FOLDER.save(self.components, folder, dtype=dtype)
+        loading.FOLDER.save(self.components, as_path("folder", folder), dtype=dtype)
 
     def save_single_file(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one ``.safetensors`` file in the layout of CompVis and Stability. Raises CheckpointError."""
-        loading.SINGLE_FILE.save(self.components, path, dtype=dtype)
+        loading.SINGLE_FILE.save(self.components, as_path("path", path), dtype=dtype)
 
     @cached_property
     def depth_estimator(self) -> DepthEstimator:
@@ -389,13 +390,15 @@ COMMON = ("device", "dtype", "backend", "graphs")
 
 
 def _asked_dtype(dtype: torch.dtype | None, others: dict[str, Any]) -> torch.dtype | None:
-    """The dtype, also by diffusers' name for it, which is taken out of ``others``."""
+    """The dtype, also by diffusers' name for it, which is taken out of ``others``. Raises ConfigError for no dtype."""
+    check_dtype(dtype)
     if "torch_dtype" not in others:
         return dtype
     warnings.warn("torch_dtype: is called dtype here", stacklevel=3)
     other = others.pop("torch_dtype")
     if dtype is not None and other != dtype:
         raise ConfigError(f"dtype, torch_dtype: expected one of them, found {dtype} and {other}")
+    check_dtype(other)
     return other
 
 

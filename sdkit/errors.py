@@ -3,9 +3,20 @@
 import errno
 import re
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters, tab and line feed aside, and lone surrogates as they are written in Python: a
+    name in a file cannot colour or clear the terminal that it is shown on."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class SDKitError(Exception):
     """Base of every error whose message is meant for the user: what was expected, what was found, where."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(SDKitError, ValueError):

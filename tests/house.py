@@ -19,7 +19,8 @@ HOMES = {"sdkernels": "kernels/sdkernels", "sdkit": "sdkit", "finetune": "finetu
 FLOORS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "sdkit": (
         ("errors", "importing", "version"),
-        ("checks", "devices", "files", "graphs", "model_lock"),
+        ("checks", "files", "graphs", "model_lock"),
+        ("devices",),
         ("adapter_kinds", "images", "typed_json"),
         ("networks", "sampling"),
         ("prompts",),

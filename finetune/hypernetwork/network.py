@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.hypernetwork.whitening import Whitening, measure_contexts
 from sdkit.checkpoints.tensors import is_finite, write_pickle
-from sdkit.checks import check_choice, expect, is_count, is_number
+from sdkit.checks import check_choice, check_kind, expect, is_count, is_number
 from sdkit.errors import ConfigError, NumericalError
 
 _BY_CLASS_NAME = (
@@ -115,6 +115,9 @@ class Hypernetwork(nn.Module):
     ) -> None:
         super().__init__()
 
+        for name, values in (("widths", widths), ("layer_structure", layer_structure)):
+            check_kind(name, values, Sequence, "a list of numbers")
+        check_kind("dropout_structure", dropout_structure, (Sequence, type(None)), "a list of numbers, or None")
         dropout = [0.0] * len(layer_structure) if dropout_structure is None else list(dropout_structure)
         _check(widths, layer_structure, activation_func, weight_initialization, dropout)
         if weight_initialization == "Zero" and activate_output and not is_layer_norm:
@@ -220,7 +223,7 @@ def _check(
     expect(filled, "layer_structure", "a feature at least in every layer", list(structure))
 
     # What was found comes first here, as messages about files are cut after 200 characters.
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"activation_func: found {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     check_choice("weight_initialization", initialization, INITIALIZATIONS)
 

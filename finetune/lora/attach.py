@@ -31,12 +31,16 @@ from finetune.lora.reading import UpdatesRead, read_lora, weight_files
 from finetune.lora.targets import Target, match_targets, networks_of, places_in, reached, targets_of
 from finetune.lora.update import Changes, LowRankUpdate, Updates, split_updates
 from finetune.training.freezing import freeze
-from sdkit.checks import check_choice, check_count, check_positive, expect, is_number
+from sdkit.checks import Range, check_choice, check_positive, check_range, expect, is_number
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.model_lock import alone
 
 if TYPE_CHECKING:
     from sdkit.diffusion_model import DiffusionModel
+
+
+MOST_RANK = 16_384
+"""No layer of a network that is known here is wider."""
 
 
 @alone
@@ -245,7 +249,7 @@ def _fitted(sd: DiffusionModel, target: Target, update: LowRankUpdate) -> LowRan
 
 
 def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
-    check_count("rank", rank)
+    check_range("rank", rank, Range(1, MOST_RANK), whole=True)
     check_positive("alpha", alpha)
     expect(is_number(dropout, 0, 1) and dropout < 1, "dropout", "a share from 0 to below 1", dropout)
     check_choice("init", init, ("kaiming", "gaussian"))

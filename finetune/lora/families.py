@@ -17,6 +17,10 @@ PLAIN = frozenset({"down", "up"})
 LOHA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 LOKR = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
 
+WITH_KERNEL = frozenset({"down", "up", "lokr_w2", "lokr_w2_b"})
+"""Matrices that may have a convolution's height and width as further dimensions."""
+KERNELS = frozenset({"mid", "hada_t1", "hada_t2", "lokr_t2"})
+
 
 def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleOf) -> LowRankUpdate:
     """The update that a file's tensors for one module describe, for a weight of ``shape``.
@@ -26,6 +30,7 @@ def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleO
     Raises CheckpointError, without the file's name, when they are incomplete or of other shapes.
     """
     roles = frozenset(parts) - {"magnitude", "dora_scale", "alpha", "scalar"}
+    _check_dimensions(parts, roles & (PLAIN | LOHA | LOKR | KERNELS))
     if roles - {"mid"} == PLAIN:
         factors, rank = _plain(parts), parts["down"].shape[0]
     elif roles - {"hada_t1", "hada_t2"} == LOHA and ("hada_t1" in roles) == ("hada_t2" in roles):
@@ -51,6 +56,14 @@ def make_update(parts: Mapping[str, Tensor], shape: torch.Size, scale_of: ScaleO
         raise CheckpointError("expected finite numbers, found NaN or infinity")
 
     return LowRankUpdate(*shaped(factors, shape), scale=scale, magnitude=magnitude)
+
+
+def _check_dimensions(parts: Mapping[str, Tensor], roles: frozenset[str]) -> None:
+    for role in sorted(roles):
+        found = parts[role].dim()
+        if found != (4 if role in KERNELS else 2) and not (role in WITH_KERNEL and found in (3, 4)):
+            expected = "a kernel of 4 dimensions" if role in KERNELS else "a matrix"
+            raise CheckpointError(f"{role}: expected {expected}, found the shape {list(parts[role].shape)}")
 
 
 def _plain(parts: Mapping[str, Tensor]) -> Factors:

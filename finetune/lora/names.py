@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from torch import nn
 
 from sdkit.checkpoints.loading import SUFFIXES
+from sdkit.checks import as_path, check_kind
 from sdkit.errors import ConfigError
 
 _TAKEN = nn.ModuleDict()  # whose attributes, such as `train`, no module in it can be called
@@ -17,13 +18,14 @@ _TAKEN = nn.ModuleDict()  # whose attributes, such as `train`, no module in it c
 
 def name_of_file(path: str | Path) -> str:
     """The name that an adapter gets from its file or folder: without the ending, and as prompts can have it."""
-    path = Path(path).absolute()
+    path = as_path("path", path).absolute()
     stem = path.stem if path.suffix.lower() in SUFFIXES and not path.is_dir() else path.name
     return re.sub(r"[:<>]", "_", stem).strip()
 
 
 def check_name(name: str, known: Iterable[str]) -> None:
     """Raise ConfigError for a name that is taken, or that no prompt's tag could have."""
+    check_kind("name", name, str, "the name of an adapter")
     if name in known:
         raise ConfigError(f"adapter {name!r}: the model has one of this name already; remove it or choose another name")
     if not re.fullmatch(r"[^:<>]+", name) or name.strip() != name:

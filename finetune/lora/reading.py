@@ -200,6 +200,14 @@ def _scale_in(config: Mapping[str, Any], target: Target, rank: int) -> float:
 
 
 def _pattern(patterns: Mapping[str, Any] | None, target: Target, default: Any) -> Any:
-    """peft's rule: the first pattern, a regular expression, that matches the end of the path from a dot on."""
-    fits = (v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", target.file_path))
-    return next(fits, default)
+    """peft's rule: the first pattern, a regular expression, that matches the end of the path from a dot on.
+
+    Raises CheckpointError for one that could take forever: it may repeat one character's worth twice, and groups never.
+    """
+    for pattern, value in (patterns or {}).items():
+        rest = re.sub(r"(\.|\]|\w)[*+]\??", "", pattern.replace("(?:", "("), count=2)
+        if len(pattern) > 300 or re.search(r"[*+?{]", rest):
+            raise CheckpointError(f"expected a path, or a pattern that repeats at most twice, found {pattern!r}")
+        if re.fullmatch(rf"(.*\.)?({pattern})", target.file_path):
+            return value
+    return default

@@ -13,6 +13,7 @@ from torch import nn
 
 from sdkit.checkpoints.key_maps import unet_map
 from sdkit.checkpoints.presets import read_preset
+from sdkit.checks import check_kind
 from sdkit.errors import ConfigError
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.text_encoder import build_text_encoder
@@ -152,6 +153,9 @@ def match_targets(places: Sequence[Target], targets: str | Sequence[str]) -> lis
             raise ConfigError(f"targets: {targets!r} is no regular expression ({error})") from None
         missing = [] if chosen else [targets]
     else:
+        check_kind("targets", targets, Sequence, "a name, a regular expression, or ends of paths")
+        for target in targets:
+            check_kind("targets", target, str, "ends of paths")
         ends = {target: [s for s in places if s.path == target or s.path.endswith(f".{target}")] for target in targets}
         missing = [target for target, found in ends.items() if not found]
         wanted = {target for found in ends.values() for target in found}

@@ -18,6 +18,7 @@ from torch import Tensor
 from sdkit.checkpoints.components import Components, build_unet, give_weights
 from sdkit.checkpoints.diffusers_folder import load_folder
 from sdkit.checkpoints.tensors import read_state, write_state
+from sdkit.checks import as_path
 from sdkit.errors import CheckpointError
 from sdkit.files import read_config, write_json
 from sdkit.networks.vae import AutoencoderKL
@@ -41,7 +42,7 @@ def base_of(path: Path) -> Path:
     facts = read_config(path, FACTS)
     if [type(facts.get(name)) for name in ("base", "unet", "parts")] != [str, dict, dict]:
         raise CheckpointError(f"{path / FACTS}: expected base, a folder; unet, a configuration; parts, by folder")
-    return path / facts["base"]
+    return as_path(f"{path / FACTS}: base", str(path / facts["base"]))
 
 
 def load_companion(

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.checkpoints.tensors import is_finite
-from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.errors import CheckpointError, ConfigError, one_line, printable
 from sdkit.networks.config import VAEConfig
 from sdkit.networks.text_encoder import build_text_encoder, load_text_state
 from sdkit.networks.unet import UNet2DConditionModel
@@ -112,10 +113,18 @@ def give_weights(module: Module, state: Mapping[str, Tensor], where: str) -> Mod
         if tensor.shape != state[key].shape:
             found = list(state[key].shape)
             raise CheckpointError(f"{where}: {key}: expected the shape {list(tensor.shape)}, found {found}")
+        if not state[key].is_floating_point():
+            raise CheckpointError(f"{where}: {key}: expected floating-point numbers, found {state[key].dtype}")
 
     _name_not_finite(state, where)
     module.load_state_dict(state, assign=True)
-    return module.eval()
+    return _of_one_dtype(module).eval()
+
+
+def _of_one_dtype(module: Module) -> Module:
+    """The module, which cannot run in several dtypes, in the one that holds the values of all its weights."""
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    return module if len(dtypes) < 2 else module.to(reduce(torch.promote_types, dtypes))
 
 
 def _name_not_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -124,7 +133,7 @@ def _name_not_finite(state: Mapping[str, Tensor], where: str) -> None:
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         logger.warning("%s: the weights %s%s are not finite: the file is damaged, or was trained or saved so",
-                       where, bad[0], more)  # fmt: skip
+                       where, printable(bad[0]), more)  # fmt: skip
 
 
 def give_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor], where: str) -> CLIPTextModel:
@@ -135,8 +144,8 @@ def give_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor], where: 
         raise CheckpointError(f"{where}: {error}") from None
     _name_not_finite(state, where)
     if unused:
-        logger.info("%s: left out %s", where, ", ".join(unused))
-    return model
+        logger.info("%s: left out %s", where, printable(", ".join(unused)))
+    return _of_one_dtype(model)
 
 
 def read_old_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,5 +154,6 @@ def read_old_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         key = re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", key)
-        result[key] = tensor.flatten(1) if re.search(r"attentions\.\d+\.to_.*\.weight$", key) else tensor
+        is_convolution = tensor.dim() > 2 and re.search(r"attentions\.\d+\.to_.*\.weight$", key)
+        result[key] = tensor.flatten(1) if is_convolution else tensor
     return result

@@ -25,7 +25,7 @@ from sdkit.checkpoints.components import (
     text_config,
 )
 from sdkit.checkpoints.tensors import read_state, write_state
-from sdkit.errors import CheckpointError
+from sdkit.errors import CheckpointError, printable
 from sdkit.files import new_folder, read_config, write_json
 from sdkit.networks.config import UNetConfig, VAEConfig
 from sdkit.networks.text_encoder import text_state_dict
@@ -109,7 +109,7 @@ def _read_index(folder: Path, given: Collection[str]) -> dict[str, dict[str, Any
 
     carried = ("depth_estimator", "feature_extractor") if "depth_estimator" in parts else ()
     for name in parts.keys() & {"safety_checker", "feature_extractor", "image_encoder"} - set(carried):
-        logger.warning("%s: %s is left out", folder, name)
+        logger.warning("%s: %s is left out", folder, printable(name))
         del parts[name]
     if unknown := parts.keys() - set(carried):
         raise CheckpointError(f"{folder}: not supported: {', '.join(f'{n} ({parts[n][1]})' for n in sorted(unknown))}")

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sdkit.errors import CheckpointError, ConfigError, one_line
+from sdkit.errors import CheckpointError, ConfigError, one_line, printable
 from sdkit.files import parse_json
 from sdkit.sampling.schedule import NoiseSchedule
 
@@ -62,13 +62,15 @@ def decide(sources: list[Evidence], where: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for found in sources:
         if found.facts:
-            logger.info("%s: %s says %s", where, found.source, _in_words(found.facts))
+            logger.info("%s: %s says %s", where, found.source, printable(_in_words(found.facts)))
         for name, value in found.facts.items():
             first = first_to_say(name, sources) or found
             values[name] = first.facts[name]
             if _differ(value, values[name]) and not found.is_preset:
                 heard = f"{name} is {_in_words(values[name])} by {first.source}"
-                logger.warning("%s: %s; %s says %s, which is not used", where, heard, found.source, _in_words(value))
+                logger.warning(
+                    "%s: %s; %s says %s, which is not used", where, heard, found.source, printable(_in_words(value))
+                )
 
     return values.pop("betas", {}) | values
 
@@ -166,7 +168,7 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Evidence:
     try:
         prediction = _prediction(said, where)
     except CheckpointError as error:
-        logger.warning("%s", error)
+        logger.warning("%s", printable(str(error)))
     if prediction is None:
         architecture = own.get("architecture", "") + " " + own.get("base_model_version", "")
         is_v = re.search(r"v2[-_.\w]*768[-_]?v|v2[-_.\w]*[-_]v\b|v_?2_v\b", architecture.lower())

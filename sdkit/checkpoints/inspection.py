@@ -15,6 +15,7 @@ from sdkit.adapter_kinds import adapter_kinds
 from sdkit.checkpoints.key_maps import is_left_out
 from sdkit.checkpoints.pickles import read_pickle, unwrapped
 from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_header, reading
+from sdkit.checks import as_path
 from sdkit.errors import CheckpointError
 from sdkit.files import read_config
 
@@ -61,7 +62,7 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
 
     Of a safetensors file only the header is read. Raises CheckpointError when it is missing or damaged.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         return _inspect_folder(path)
 

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sdkit.errors import CheckpointError, ConfigError
+from sdkit.errors import CheckpointError, ConfigError, printable
 from sdkit.networks.config import UNetConfig
 from sdkit.networks.vae import AutoencoderKL
 
@@ -233,4 +233,4 @@ def leftovers(state: Iterable[str], where: str, layers: int | None = None) -> No
         raise CheckpointError(f"{where}: not understood: {', '.join(unknown[:3])}{more}")
     for group, count in counts.items():
         level = logging.INFO if group in _QUIET else logging.WARNING
-        logger.log(level, "%s: left out %s (%d tensors)", where, group, count)
+        logger.log(level, "%s: left out %s (%d tensors)", where, printable(group), count)

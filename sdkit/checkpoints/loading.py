@@ -6,12 +6,13 @@ A file format is one module of functions and one row in `FORMATS`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sdkit.checkpoints.companion_folder import base_of, is_companion, load_companion
 from sdkit.checkpoints.components import Components, build_unet
@@ -20,6 +21,7 @@ from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checkpoints.single_file import load_single_file, save_single_file
 from sdkit.checkpoints.text_encoder_file import load_text_encoder
 from sdkit.checkpoints.vae_file import load_vae_file, load_vae_folder, save_vae_file, save_vae_folder
+from sdkit.checks import as_path, expect
 from sdkit.errors import CheckpointError, ConfigError
 from sdkit.files import read_config
 from sdkit.networks.vae import AutoencoderKL
@@ -96,8 +98,8 @@ def shipped_models() -> list[str]:
 
 def find_model(model: str | Path) -> Path:
     """The path of a shipped model's name, or the path itself. Raises CheckpointError when nothing is there."""
-    names = shipped_models()
-    path = MODELS / str(model) if str(model) in names else Path(model)
+    names, given = shipped_models(), as_path("model", model)
+    path = MODELS / str(model) if str(model) in names else given
     if not path.exists():
         raise CheckpointError(f"{model}: no such file or folder; {_remedy(str(model), names)}")
     return path
@@ -118,7 +120,7 @@ def format_of(path: Path, formats: tuple[Format, ...] = FORMATS) -> Format | Non
 
 def is_single_file(model: str | Path) -> bool:
     """Whether this names a file, by its ending where nothing is there, and not a folder or a shipped model."""
-    path = Path(model)
+    path = as_path("model", model)
     return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
 
 
@@ -166,6 +168,7 @@ def load(
 
     given = {"vae": vae, "text_encoder": text_encoder, **options}
     given = {name: value for name, value in given.items() if value is not None}
+    _check_options(given)
     if unknown := sorted(given.keys() - set(chosen.options)):
         raise ConfigError(f"{', '.join(unknown)}: expected none, as {model} is a {chosen.name}, which says it itself")
 
@@ -174,6 +177,18 @@ def load(
     if isinstance(text_encoder, str | Path):
         given["text_encoder"] = load_text_encoder(base_of(find_model(text_encoder)), dtype=dtype)
     return chosen.load(path, dtype=dtype, **given)
+
+
+def _check_options(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a network that is none, or is neither a path, and for a variant that is no name."""
+    for name in given.keys() & set(REPLACEABLE):
+        network = given[name]
+        is_network = isinstance(network, nn.Module) and hasattr(network, "config")
+        expect(is_network or isinstance(network, str | Path), name, "a network, or the path of one", network)
+    if "variant" in given:
+        variant = given["variant"]
+        is_name = isinstance(variant, str) and re.fullmatch(r"[\w.-]{1,60}", variant) is not None
+        expect(is_name, "variant", "the name of a variant, such as fp16", variant)
 
 
 def load_vae(model: str | Path, *, dtype: torch.dtype | None = None) -> AutoencoderKL:
@@ -189,7 +204,7 @@ def save(what: Components | AutoencoderKL, path: str | Path, *, dtype: torch.dty
 
     Raises CheckpointError when it cannot be written, ConfigError for the ending of another file.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = as_path("path", path).suffix.lower()
     if suffix in SUFFIXES[1:]:
         raise ConfigError(f"{path}: single files are written as .safetensors, not {suffix}")
 

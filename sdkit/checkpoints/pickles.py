@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sdkit.checkpoints.stubs import Stub, stub_of
 from sdkit.checkpoints.torch_archive import check_archive
-from sdkit.errors import CheckpointError, one_line
+from sdkit.errors import CheckpointError, one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def tensors_in(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
         rest |= {k: v for k, v in content.items() if k not in WRAPPERS}
     if rest:
         named = ", ".join(f"{key} ({_name(value)})" for key, value in list(rest.items())[:8])
-        logger.info("%s: left out beside the tensors: %s%s", where, named, ", …" if len(rest) > 8 else "")
+        logger.info("%s: left out beside the tensors: %s%s", where, printable(named), ", …" if len(rest) > 8 else "")
     return tensors
 
 
@@ -192,5 +192,5 @@ def _load_with_stubs(path: Path, options: Mapping[str, Any]) -> Any:
     content = torch.load(path, weights_only=False, pickle_module=reader, **options)
 
     if stubs:
-        logger.warning("%s: left out objects that are no tensors: %s", path, ", ".join(sorted(stubs)))
+        logger.warning("%s: left out objects that are no tensors: %s", path, printable(", ".join(sorted(stubs))))
     return content

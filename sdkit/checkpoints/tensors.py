@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdkit.checkpoints.pickles import read_pickle, tensors_in
-from sdkit.errors import CheckpointError, ConfigError, NumericalError, one_line
+from sdkit.checks import as_path
+from sdkit.devices import check_dtype
+from sdkit.errors import CheckpointError, NumericalError, one_line
 from sdkit.files import parse_json, replacing
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What weights are written in."""
 
 
 def read_state(
@@ -61,10 +60,9 @@ def write_state(
     """Write a safetensors file, under a temporary name first; the same tensors are the same bytes.
 
     Raises CheckpointError when it cannot be written, NumericalError for a tensor that is not finite, or not as
-    ``dtype``, ConfigError for a dtype that is not among DTYPES.
+    ``dtype``, ConfigError for a dtype that weights are not written in.
     """
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, found {dtype}")
+    check_dtype(dtype)
     tensors = {key: _cast(value.detach(), dtype).cpu().contiguous() for key, value in state.items()}
     for key, tensor in tensors.items():
         if not is_finite(tensor):
@@ -115,7 +113,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def existing_file(path: str | Path) -> Path:
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a file, {'found a folder' if path.is_dir() else 'there is none'}")
     return path

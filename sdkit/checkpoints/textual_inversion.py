@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sdkit.checkpoints.pickles import read_pickle
 from sdkit.checkpoints.tensors import existing_file, is_safetensors, read_state, write_pickle, write_state
+from sdkit.checks import check_kind
 from sdkit.errors import CheckpointError, ConfigError, NumericalError
 
 _OTHER_ENCODERS = {"clip_l", "clip_g", "t5xxl"}
@@ -50,6 +51,7 @@ def load_textual_inversion(path: str | Path, token: str | None = None, width: in
     that are not understood, or values that are not finite.
     """
     path = existing_file(path)
+    check_kind("token", token, (str, type(None)), "a word, or None for the file's own")
     name, value = _only_entry(path, _read(path))
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (1, 2) or not value.numel():
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -19,7 +19,7 @@ from sdkit.cli.options import (
     ZeroSnrOption,
 )
 from sdkit.cli.output import check_writable
-from sdkit.errors import CheckpointError, ConfigError
+from sdkit.errors import CheckpointError, ConfigError, printable
 from sdkit.model_parts import ModelParts, load_model
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -126,7 +126,7 @@ def inspect(
         if facts["kind"] == "textual inversion":
             with suppress(CheckpointError):
                 facts["in prompts"] = list(load_textual_inversion(file).triggers)
-    print(json.dumps(facts, indent=2, default=str) if as_json else "\n".join(_table(facts)))
+    print(json.dumps(facts, indent=2, default=str) if as_json else printable("\n".join(_table(facts))))
 
 
 def _table(facts: Mapping[str, Any], indent: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from sdkit.cli.options import picture_command, with_adapters
 from sdkit.cli.pictures import make_pictures, reproduce
 from sdkit.cli.show import show
 from sdkit.cli.ui import ui
-from sdkit.errors import SDKitError, file_problem
+from sdkit.errors import SDKitError, file_problem, printable
 from sdkit.generation.options import TASKS
 from sdkit.version import __version__
 
@@ -91,7 +91,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def _warning_line(message: Warning | str, *_where: object, **_more: object) -> str:
     """A warning in one line, without the place in our code."""
-    return f"sdkit: warning: {' '.join(str(message).split())}\n"
+    return f"sdkit: warning: {printable(' '.join(str(message).split()))}\n"
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:

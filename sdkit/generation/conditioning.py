@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdkit.checks import most_like
+from sdkit.checks import check_kind, most_like
 from sdkit.diffusion_model import DiffusionModel
 from sdkit.errors import ConfigError
 from sdkit.generation.options import Settings
@@ -176,6 +176,7 @@ def _negatives(negative_prompt: Prompt, count: int) -> list[str]:
     """A negative prompt for each of ``count`` prompts."""
     if negative_prompt is None or isinstance(negative_prompt, str):
         return [negative_prompt or ""] * count
+    check_kind("negative_prompt", negative_prompt, Sequence, "words, or a list of negative prompts")
     if len(negative_prompt) != count:
         raise ConfigError(f"negative_prompt: expected one or {count}, found {len(negative_prompt)}")
     _check_strings("negative_prompt", negative_prompt)
@@ -316,6 +317,7 @@ def _check_embeds(settings: Settings, model: DiffusionModel) -> None:
     width = config.per_block(config.cross_attention_dim)[0]
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         given: Tensor | None = getattr(settings, name)
+        check_kind(name, given, (Tensor, type(None)), f"a tensor [prompts, tokens, {width}]")
         if given is not None and (given.dim() != 3 or given.shape[-1] != width):
             raise ConfigError(f"{name}: expected [prompts, tokens, {width}], found {list(given.shape)}")
 

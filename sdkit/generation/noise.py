@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdkit.checks import check_kind
 from sdkit.errors import ConfigError, NumericalError
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -147,6 +148,7 @@ def image_seeds(seed: int | Sequence[int] | None, count: int, name: str = "seed"
 
 def given_latents(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Check the user's own initial noise and put it on the device."""
+    check_kind("latents", latents, Tensor, f"a tensor of the shape {list(shape)}")
     if tuple(latents.shape) != shape:
         raise ConfigError(f"latents: expected the shape {list(shape)}, found {list(latents.shape)}")
     if not bool(latents.isfinite().all()):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, nearest, refuse_unread
+from sdkit.checks import POSITIVE, SEEDS, SHARE, Range, check_choice, check_range, expect, nearest, refuse_unread
 from sdkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ SEVERAL = ("guidance_interval", "class_labels", "seed", "variation_seed")
 """Arguments that hold more than one number, or infinity: `Guidance` and `image_seeds` check their ranges."""
 
 
+SIDES = Range(1, 65_536)
+"""Of a picture, in pixels."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The arguments that all four tasks share. Raises ConfigError for a value without meaning."""
@@ -73,17 +77,17 @@ class Settings:
         "Pixels, a multiple of the VAE's factor (default: the model's, or the picture's own, which is resized where "
         "both sides are given).",
         flag="height",
-        range=Range(1),
+        range=SIDES,
         remembered="as used",
     )
     width: int | None = option(
         None,
         "Pixels (default: the model's, or the picture's own).",
         flag="width",
-        range=Range(1),
+        range=SIDES,
         remembered="as used",
     )
-    num_images_per_prompt: int = option(1, "How many pictures of each prompt.", flag="num", range=Range(1))
+    num_images_per_prompt: int = option(1, "How many pictures of each prompt.", flag="num", range=Range(1, 10_000))
     output_type: str = option("pil", 'Images as "pil", "pt" (tensor [B, 3, H, W] in [0, 1]) or "latent".')
 
     # Text.
@@ -222,6 +226,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_choice("output_type", self.output_type, ("pil", "pt", "latent"))
         for f in fields(self):
+            _check_kind(f.name, getattr(self, f.name), str(f.type))
             if f.name not in SEVERAL and (getattr(self, f.name) is not None or f.default is not None):
                 _check_range(f.name, getattr(self, f.name), f.metadata["option"], is_whole(f.type))
 
@@ -459,6 +464,20 @@ def check_argument(task: str, name: str, value: Any) -> None:
     declared = next(argument for argument in TASKS[task].arguments if argument.name == name)
     if value is not None or declared.default is not None:
         _check_range(name, value, declared.option, is_whole(declared.type))
+
+
+def _check_kind(name: str, value: Any, written: str) -> None:
+    """Raise ConfigError unless ``value`` is of the type that is written so, where that is a truth value, a string or a
+    function. Numbers have ranges, and tensors shapes, which others check."""
+    words = set(re.findall(r"\w+", written))
+    if value is None and "None" in words:
+        return
+    if "bool" in words:
+        expect(isinstance(value, bool), name, "True or False", value)
+    elif words & {"str", "PreviewMode"}:
+        expect(isinstance(value, str), name, "a string", value)
+    elif words & {"Classifier", "StepCallback", "PreviewCallback"}:
+        expect(callable(value), name, "a function", value)
 
 
 def is_whole(kind: Any) -> bool | None:

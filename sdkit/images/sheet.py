@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sdkit.checks import Range, check_kind, check_range
 from sdkit.errors import ConfigError
 
 PAPER, INK = (250, 250, 248), (70, 70, 74)
@@ -23,8 +24,14 @@ def contact_sheet(
     Cells have the size of the largest picture; smaller ones are centred. Raises ConfigError for no picture, or
     when the numbers of captions and pictures differ.
     """
-    if not images or columns < 1:
-        raise ConfigError(f"contact sheet: expected pictures and columns >= 1, found {len(images)} and {columns}")
+    check_kind("images", images, Sequence, "a list of Pillow's images")
+    for image in images:
+        check_kind("images", image, Image.Image, "Pillow's images")
+    for name, value, least in (("columns", columns, 1), ("gap", gap, 0), ("font_size", font_size, 1)):
+        check_range(name, value, Range(least, 10_000), whole=True)
+    check_kind("captions", captions, (Sequence, type(None)), "a list of texts, or None")
+    if not images:
+        raise ConfigError("contact sheet: expected pictures, found none")
     if captions is not None and len(captions) != len(images):
         raise ConfigError(f"contact sheet: {len(captions)} captions for {len(images)} pictures")
 

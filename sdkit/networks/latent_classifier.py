@@ -6,16 +6,19 @@ As in arXiv 2105.05233 (section 4.1) it is trained at all noise levels and told 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdkit.checks import Range
 from sdkit.errors import ConfigError
+from sdkit.networks.config import Width
 from sdkit.networks.convolution import Conv2d
 from sdkit.networks.fusion import Sum
 from sdkit.networks.layers import Downsample2D, GroupNorm, ResnetBlock2D, TimestepEmbedding, timestep_embedding
+from sdkit.typed_json import checked
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,20 @@ class ClassifierConfig:
     """classes: their names, in the order of the logits. widths: channels of the levels, each half as large as the one
     before."""
 
-    classes: tuple[str, ...]
-    in_channels: int = 4
-    widths: tuple[int, ...] = (64, 128)
-    groups: int = 16
+    classes: Annotated[tuple[str, ...], Range(1, 10_000)]
+    in_channels: Width = 4
+    widths: Annotated[tuple[Width, ...], Range(1, 16)] = (64, 128)
+    groups: Width = 16
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ClassifierConfig:
-        """From config.json. Raises ConfigError for entries that there are not."""
-        try:
-            values: dict[str, Any] = dict(config)
-            lists: dict[str, Any] = {n: tuple(values[n]) for n in ("classes", "widths") if n in values}
-            return cls(**(values | lists))
-        except TypeError as error:
-            raise ConfigError(f"classifier: {error}") from None
+        """From config.json. Raises ConfigError for an entry that there is not, is missing, or is of another kind."""
+        known = {f.name for f in fields(cls)}
+        if unknown := config.keys() - known:
+            raise ConfigError(f"classifier config: unsupported {', '.join(sorted(unknown))}")
+        if "classes" not in config:
+            raise ConfigError("classifier config: classes: expected their names, found none")
+        return cls(**checked(cls, config, "classifier config"))
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdkit.checks import check_choice, check_number, expect, is_count
+from sdkit.checks import check_choice, check_kind, check_number, expect, is_count
 from sdkit.errors import ConfigError
 from sdkit.sampling.levels import Array, Level
 from sdkit.sampling.plan import Plan
@@ -111,6 +111,7 @@ def _check_names(sampler: str, sigmas: str | None, spacing: str, final: str) -> 
 
 
 def _check_numbers(steps: int, schedule: NoiseSchedule, offset: int, strength: float, eta: float) -> None:
+    check_kind("schedule", schedule, NoiseSchedule, "a NoiseSchedule")
     limit = schedule.num_train_timesteps
     expect(is_count(steps, 1) and steps <= limit, "num_inference_steps", f"an integer from 1 to {limit}", steps)
     expect(is_count(offset), "steps_offset", "an integer of at least 0", offset)

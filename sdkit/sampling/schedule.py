@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sdkit.checks import Range, check_choice, check_kind, check_range
 from sdkit.errors import ConfigError
 
+MOST_TIMESTEPS = 100_000
+BETAS = Range(0, 1, above=True, below=True)
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -35,12 +40,16 @@ class NoiseSchedule:
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ConfigError(
-                f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, found {self.prediction_type!r}"
-            )
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_kind("rescale_betas_zero_snr", self.rescale_betas_zero_snr, bool, "True or False")
         if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
+            check_kind("trained_betas", self.trained_betas, Iterable, "a list of numbers")
+            given = cast("Iterable[Any]", self.trained_betas)
+            betas = [beta.item() if hasattr(beta, "item") else beta for beta in given]  # an array's are its own kind
+            for beta in betas:
+                check_range("trained_betas", beta, BETAS)
+            object.__setattr__(self, "trained_betas", tuple(map(float, betas)))
 
         acp = torch.cumprod(1 - _betas(self), dim=0)
         if self.rescale_betas_zero_snr:
@@ -99,24 +108,21 @@ class NoiseSchedule:
 def _betas(schedule: NoiseSchedule) -> Tensor:
     """The table before any rescaling, float64 [T]."""
     steps, start, end = schedule.num_train_timesteps, schedule.beta_start, schedule.beta_end
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ConfigError(f"num_train_timesteps: expected an integer of at least 2, found {steps!r}")
-
+    check_range("num_train_timesteps", steps, Range(2, MOST_TIMESTEPS), whole=True)
     if schedule.trained_betas is not None:
         betas = torch.tensor(schedule.trained_betas, dtype=torch.float64)
-        if betas.shape != (steps,) or not bool(((betas > 0) & (betas < 1)).all()):
+        if betas.shape != (steps,):
             raise ConfigError(f"trained_betas: expected {steps} numbers between 0 and 1, found {betas.numel()} numbers")
         return betas
 
-    if not (0 < start < 1 and 0 < end < 1):
-        raise ConfigError(f"beta_start, beta_end: expected numbers between 0 and 1, found {start!r} and {end!r}")
+    check_range("beta_start", start, BETAS)
+    check_range("beta_end", end, BETAS)
 
     if schedule.beta_schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if schedule.beta_schedule == "scaled_linear":
         return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
-    if schedule.beta_schedule == "squaredcos_cap_v2":
-        angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
-        acp = angle.cos() ** 2
-        return (1 - acp[1:] / acp[:-1]).clamp(max=0.999)
-    raise ConfigError(f"beta_schedule: expected one of {', '.join(BETA_SCHEDULES)}, found {schedule.beta_schedule!r}")
+    assert schedule.beta_schedule == "squaredcos_cap_v2"
+    angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+    acp = angle.cos() ** 2
+    return (1 - acp[1:] / acp[:-1]).clamp(max=0.999)

@@ -1,10 +1,21 @@
 """Ranges of numbers: what is inside, and how they read."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sdkit.checks import POSITIVE, SHARE, Range, check_range, refuse_unread
+from sdkit.checks import (
+    POSITIVE,
+    SHARE,
+    Range,
+    as_path,
+    check_choice,
+    check_kind,
+    check_range,
+    refuse_unread,
+)
 from sdkit.errors import ConfigError
 
 CASES = (
@@ -51,3 +62,25 @@ def test_what_nothing_reads_is_refused_unless_it_is_the_default() -> None:
     refuse_unread("x", 5, 5, "without y")
     with pytest.raises(ConfigError, match="x: does nothing without y; leave it out, found 6"):
         refuse_unread("x", 6, 5, "without y")
+
+
+@pytest.mark.parametrize("value", [None, 3, b"bytes", ["a"], {}, "a" * 5000, "nul\0", "\ud800"])
+def test_what_is_no_path_is_named(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^file: expected a path, found .*") as caught:
+        as_path("file", value)
+    assert len(str(caught.value)) < 250
+
+
+def test_paths_are_paths_whether_something_is_there_or_not(tmp_path: Path) -> None:
+    assert as_path("file", str(tmp_path / "x")) == as_path("file", tmp_path / "x") == tmp_path / "x"
+
+
+def test_kinds_and_choices() -> None:
+    check_kind("name", "x", (str, type(None)), "a name")
+    check_kind("flag", True, bool, "True or False")
+    for value, kind in ((True, int), (3, str), (None, str)):
+        with pytest.raises(ConfigError, match=f"^name: expected a name, found {value!r}$"):
+            check_kind("name", value, kind, "a name")
+    for odd in ([], {}, float("nan"), b"a", True):
+        with pytest.raises(ConfigError, match="expected one of a, 1"):
+            check_choice("name", odd if odd is not True else "b", ("a", 1))

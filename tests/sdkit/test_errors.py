@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdkit.errors import REMEDIES, file_problem, one_line
+from sdkit.errors import REMEDIES, CheckpointError, file_problem, one_line
 from sdkit.files import new_folder, replacing, write_text
 from tests.finetune import toy
 
@@ -102,3 +102,8 @@ def test_what_we_write_says_what_is_in_the_way(tmp_path: Path):
         == f"{tmp_path / 'a'}: cannot be written (No space left on device: make room, or write elsewhere)"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_messages_carry_no_control_characters_to_the_terminal():
+    error = CheckpointError("file: key \x1b[31mred\x07\x9b\ud800 is\nnot\tknown: größer")
+    assert str(error) == "file: key \\x1b[31mred\\x07\\x9b\\ud800 is\nnot\tknown: größer"

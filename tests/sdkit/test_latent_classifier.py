@@ -77,3 +77,25 @@ def test_it_guides_a_picture(classifier: LatentClassifier) -> None:
 
     plain, steered = latents(0.0), latents(5.0)
     assert log_p(steered) > log_p(plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": "8"}, "widths: expected a list, its length from 1 to 16, each a whole number from 1 to 65536"),
+        ({"classes": ["a", 3]}, "classes: expected a list"),
+        ({"classes": []}, "classes: expected a list, its length from 1 to 10000"),
+        ({"groups": True}, "groups: expected a whole number"),
+        ({"groups": {}}, "groups: expected a whole number"),
+        ({"other": 1}, "unsupported other"),
+        ({"groups": 5}, "groups"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_named(
+    classifier: LatentClassifier, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    save_classifier(classifier, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_classifier(tmp_path, "cpu")

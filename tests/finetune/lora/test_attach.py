@@ -85,8 +85,8 @@ def test_the_first_weights_are_those_of_the_choice(sd: StableDiffusion) -> None:
 
 def test_arguments_without_meaning(sd: StableDiffusion) -> None:
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"rank": 0}, "rank: expected a whole number of at least 1, found 0"),
-        ({"rank": 2.0}, "rank: expected a whole number of at least 1, found 2.0"),
+        ({"rank": 0}, "rank: expected a whole number from 1 to 16384, found 0"),
+        ({"rank": 2.0}, "rank: expected a whole number from 1 to 16384, found 2.0"),
         ({"alpha": 0}, "alpha: expected a finite number above 0"),
         ({"dropout": 1.0}, "dropout: expected"),
         ({"init": "pissa"}, "init: expected one of kaiming, gaussian"),

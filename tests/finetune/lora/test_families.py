@@ -12,6 +12,7 @@ from torch import nn
 import finetune
 from finetune.lora.reading import read_lora
 from finetune.lora.targets import Target, match_targets
+from sdkit.errors import CheckpointError
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw, relative_error
 from tests.finetune.tiny import drawn_updates, places
@@ -94,3 +95,21 @@ def test_a_dora_scale_norms_rows_or_columns(sd: StableDiffusion, axis: str, end:
     finetune.load_lora(sd, tmp_path / "it.safetensors")
     finetune.merge(sd)
     assert relative_error(weight.detach(), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("role", "shape"),
+    [("hada_w1_a", (4,)), ("hada_w2_b", (2, 2, 2)), ("lora_up.weight", ()), ("lora_down.weight", (4,))],
+)
+def test_a_tensor_of_other_dimensions_is_named(
+    sd: StableDiffusion, role: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    target = match_targets(places(sd), "cross_attention")[0]
+    rows, columns = target.shape
+    shapes = {"lora_up.weight": (rows, 2), "lora_down.weight": (2, columns)}
+    if role.startswith("hada"):
+        shapes = {f"hada_w{i}_{side}": (rows, 2) if side == "a" else (2, columns) for i in (1, 2) for side in "ab"}
+    state = {f"{target.kohya}.{name}": torch.ones(shape) for name, shape in (shapes | {role: shape}).items()}
+    save_file(state, tmp_path / "it.safetensors")
+    with pytest.raises(CheckpointError, match=r"expected a matrix, found the shape \["):
+        read_lora(tmp_path / "it.safetensors", places(sd))

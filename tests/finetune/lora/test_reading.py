@@ -22,7 +22,7 @@ from sdkit.errors import CheckpointError
 from sdkit.stable_diffusion import StableDiffusion
 from tests.conftest import draw, relative_error
 from tests.finetune.lora.cases import BAR, case
-from tests.finetune.tiny import latents, places, their_latents
+from tests.finetune.tiny import drawn_updates, latents, places, their_latents
 
 pytestmark = [
     pytest.mark.usefixtures("clean"),
@@ -279,3 +279,22 @@ def test_a_bad_file_is_one_line_that_names_it(sd: StableDiffusion, tmp_path: Pat
     with pytest.raises(CheckpointError, match=f"no LoRA here: expected {DIFFUSERS_FILE}"):
         finetune.load_lora(sd, tmp_path)
     assert finetune.list_adapters(sd) == {}
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(a|a?)+", ".*.*.*.*b", "a{1,1000}", "x" * 400])
+def test_a_pattern_that_could_take_forever_is_refused(sd: StableDiffusion, tmp_path: Path, pattern: str) -> None:
+    write_lora(drawn_updates(match_targets(places(sd), "cross_attention")), tmp_path / "it", "peft")
+    config = json.loads((tmp_path / "it" / "adapter_config.json").read_text())
+    (tmp_path / "it" / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {pattern: 2}}))
+    with pytest.raises(CheckpointError, match="repeats at most twice"):
+        read_lora(tmp_path / "it", places(sd))
+
+
+@pytest.mark.parametrize("pattern", [r"down_blocks\.\d+\..*to_k", "(?:down|up)_blocks.*", r"^.*attn2\.to_k$", "to_k"])
+def test_patterns_that_people_write_are_read(sd: StableDiffusion, tmp_path: Path, pattern: str) -> None:
+    write_lora(drawn_updates(match_targets(places(sd), "cross_attention")), tmp_path / "it", "peft")
+    config = json.loads((tmp_path / "it" / "adapter_config.json").read_text())
+    rank = config["r"]
+    (tmp_path / "it" / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {pattern: 3 * rank}}))
+    scales = {target.file_path: update.scale for target, update in read_lora(tmp_path / "it", places(sd)).items()}
+    assert {scale for path, scale in scales.items() if path.endswith("to_k") and "down" in path} == {3.0}

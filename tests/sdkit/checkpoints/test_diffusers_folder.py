@@ -223,3 +223,30 @@ def test_nothing_partial_is_left(ours: Components, tmp_path: Path, monkeypatch: 
     refused("No space left on device", lambda: write_state({"x": torch.zeros(1)}, target), target)
     assert target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".half", "file", "kept.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file(state | {"conv_in.bias": state["conv_in.bias"].to(dtype)}, file)
+    refused(f"conv_in.bias: expected floating-point numbers, found {dtype}", lambda: load_folder(folder), folder)
+
+
+def test_weights_of_several_dtypes_get_the_one_that_holds_them_all(folder: Path) -> None:
+    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        file = folder / f"{part}.safetensors"
+        state = load_file(file)
+        key = next(key for key in state if key.endswith("bias"))
+        save_file(state | {key: state[key].to(torch.bfloat16)}, file)
+    model = load_folder(folder)
+    for network in (model.unet, model.vae, model.text_encoder):
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_an_attention_weight_without_dimensions_is_misshapen(folder: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    key = next(key for key in state if key.endswith("attentions.0.to_q.weight"))
+    save_file(state | {key: state[key].flatten()}, file)
+    refused("to_q.weight: expected the shape", lambda: load_folder(folder), folder)

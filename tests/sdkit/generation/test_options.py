@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -145,3 +146,22 @@ def test_an_unknown_argument_is_refused_as_python_does() -> None:
 def test_none_is_no_number() -> None:
     with pytest.raises(ConfigError, match="num_images_per_prompt: expected a whole number"):
         Settings(num_images_per_prompt=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"callback_on_step_end": "x"}, "callback_on_step_end: expected a function, found 'x'"),
+        ({"callback_on_preview": 3, "preview_every": 1}, "callback_on_preview: expected a function, found 3"),
+        ({"classifier": {}}, "classifier: expected a function, found {}"),
+        ({"prompt_weighting": None}, "prompt_weighting: expected True or False, found None"),
+        ({"vae_tiling": "yes"}, "vae_tiling: expected True or False, found 'yes'"),
+        ({"sampler": 3}, "sampler: expected a string, found 3"),
+        ({"preview_mode": b"decode"}, "preview_mode: expected a string, found b'decode'"),
+        ({"num_images_per_prompt": 10**12}, "num_images_per_prompt: expected a whole number from 1 to 10000"),
+        ({"width": 10**9}, "width: expected a whole number from 1 to 65536"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_before_any_work(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        Settings(**given)

@@ -8,13 +8,13 @@ from sdkit.checks import check_kind, expect
 from sdkit.errors import ConfigError
 
 
-def find_device(device: str | torch.device | None = None) -> torch.device:
+def find_device(device: str | int | torch.device | None = None) -> torch.device:
     """Find a device and try it out; None stands for the GPU if there is one, else for the CPU.
 
     Raises ConfigError when there is no such device, or it does not work.
     """
-    check_kind("device", device, (str, torch.device, type(None)), "the name of a device, or None")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_kind("device", device, (str, int, torch.device, type(None)), "the name of a device, or None")
+    place = device if device not in (None, "") else ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,7 @@ def match_targets(places: Sequence[Target], targets: str | Sequence[str]) -> lis
             raise ConfigError(f"targets: {targets!r} is no regular expression ({error})") from None
         missing = [] if chosen else [targets]
     else:
-        check_kind("targets", targets, Sequence, "a name, a regular expression, or ends of paths")
+        check_kind("targets", targets, Collection, "a name, a regular expression, or ends of paths")
         for target in targets:
             check_kind("targets", target, str, "ends of paths")
         ends = {target: [s for s in places if s.path == target or s.path.endswith(f".{target}")] for target in targets}

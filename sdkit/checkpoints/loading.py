@@ -180,7 +180,7 @@ def load(
 
 
 def _check_options(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a network that is none, or is neither a path, and for a variant that is no name."""
+    """Raise ConfigError for what is neither a network nor the path of one, and for a variant that is no name."""
     for name in given.keys() & set(REPLACEABLE):
         network = given[name]
         is_network = isinstance(network, nn.Module) and hasattr(network, "config")

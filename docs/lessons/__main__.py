@@ -14,11 +14,14 @@ from typing import Annotated
 import typer
 
 from docs.lessons import (
+    classifier_guidance,
     conditioning,
     cross_attention,
+    depth,
     forward,
     guidance,
     img2img,
+    inpainting,
     latents,
     prediction,
     resolution,
@@ -43,6 +46,9 @@ LESSONS: dict[str, Callable[[Subject], Lesson]] = {
     "conditioning": conditioning.lesson,
     "cross_attention": cross_attention.lesson,
     "img2img": img2img.lesson,
+    "inpainting": inpainting.lesson,
+    "depth": depth.lesson,
+    "classifier_guidance": classifier_guidance.lesson,
     "guidance": guidance.lesson,
     "resolution": resolution.lesson,
 }

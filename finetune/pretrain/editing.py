@@ -170,7 +170,8 @@ def main(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     out: Annotated[Path, typer.Option(help="Folder for inpaint.png and img2img.png.")] = Path("docs"),
 ) -> None:
-    """Measure the model, draw both figures, and write the table into its README.md."""
+    """Measure the model, draw its figures, and write the table into its README.md; of a network that sees the mask
+    inpainting alone."""
     readme = model / "README.md"
     section(readme, SECTION)  # that it has one is known before hours have passed
     sd, probe, which = StableDiffusion.from_pretrained(model, device="cpu"), load_probe(), cases(count)
@@ -178,26 +179,29 @@ def main(
     lines = [
         f"Inpainting: {share(shown(probe, painted), which.new):.0f} % of {count} show the new object; kept pixels "
         f"identical: {'yes' if kept_are_identical(which, painted) else 'NO'}; neighbours across the mask's edge differ "
-        f"by {seams(which, painted):.1f} of 255, in the renders by {seams(which, to_pil(which.pictures * 2 - 1)):.1f}.",
-        "",
-        "| image-to-image at strength | input's object seen, % | prompt's object seen, % | RMS change of 255 |",
-        "|---|---|---|---|",
+        f"by {seams(which, painted):.1f} of 255, in the renders by {seams(which, to_pil(which.pictures * 2 - 1)):.1f}."
     ]
-
-    moved = along_strength(sd, which, seed, steps, guidance)
-    for strength, images in moved.items():
-        seen = shown(probe, images)
-        lines.append(
-            f"| {strength} | {share(seen, which.old):.0f} | {share(seen, which.new):.0f} "
-            f"| {difference(which, images):.1f} |"
-        )
-
-    text = "\n".join(lines)
-    print(text)
     out.mkdir(exist_ok=True)
     few = which[:4]
     sheet(few, {"repainted": painted[:4]}).save(out / "inpaint.png", optimize=True)
-    sheet(few, {f"{s:g}": images[:4] for s, images in moved.items()}).save(out / "img2img.png", optimize=True)
+
+    if sd.unet.config.in_channels == sd.vae.config.latent_channels:
+        moved = along_strength(sd, which, seed, steps, guidance)
+        lines += [
+            "",
+            "| image-to-image at strength | input's object seen, % | prompt's object seen, % | RMS change of 255 |",
+            "|---|---|---|---|",
+        ]
+        for strength, images in moved.items():
+            seen = shown(probe, images)
+            lines.append(
+                f"| {strength} | {share(seen, which.old):.0f} | {share(seen, which.new):.0f} "
+                f"| {difference(which, images):.1f} |"
+            )
+        sheet(few, {f"{s:g}": images[:4] for s, images in moved.items()}).save(out / "img2img.png", optimize=True)
+
+    text = "\n".join(lines)
+    print(text)
     replace_section(readme, SECTION, text)
 
 

@@ -17,13 +17,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sdkernels
+from finetune.data.cache import weights_hash
 from finetune.pretrain.noise_predictor import scaled_latents
-from finetune.pretrain.recipe import Recipe, autocast, every_nth, is_main_process, train_on_the_cpu
+from finetune.pretrain.recipe import (
+    Recipe,
+    autocast,
+    every_nth,
+    is_main_process,
+    main_process_first,
+    train_on_the_cpu,
+)
 from finetune.pretrain.world.raycast import render
 from finetune.pretrain.world.scenes import COLORS, SHAPES, sample_scenes
 from finetune.seeds import step_generator
 from sdkit.checkpoints.classifier_folder import save_classifier
 from sdkit.checkpoints.loading import MODELS
+from sdkit.files import replacing
 from sdkit.networks.latent_classifier import ClassifierConfig, LatentClassifier
 from sdkit.networks.vae import AutoencoderKL
 from sdkit.sampling.schedule import NoiseSchedule
@@ -53,6 +62,17 @@ def render_examples(vae: AutoencoderKL, count: int, size: int, seed: int) -> Exa
         latents.append(scaled_latents(vae, render(scenes, size).images * 2 - 1).half())
         classes.append(scenes.color[:, 0] * len(SHAPES) + scenes.shape[:, 0])
     return Examples(torch.cat(latents)[:count], torch.cat(classes)[:count])
+
+
+def kept_examples(vae: AutoencoderKL, count: int, size: int, folder: Path) -> Examples:
+    """The examples to learn from, kept in the folder under the hash of the VAE's encoder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"examples-{weights_hash(vae.encoder)[:12]}-{count}-{size}.pt"
+    with main_process_first():
+        if not file.exists():
+            with replacing(file) as temporary:
+                torch.save(tuple(render_examples(vae, count, size, SCENE_SEED)), temporary)
+    return Examples(*torch.load(file, weights_only=True))
 
 
 class Batch(NamedTuple):
@@ -109,8 +129,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Its folder; default: beside the model.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints.")] = Path("build/tabletop"),
     examples: Annotated[int, typer.Option(help="Renders to learn from.", min=64)] = 12_000,
-    steps: Annotated[int, typer.Option(help="Training steps of 64 renders.", min=1)] = 3_000,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
+    steps: Annotated[int, typer.Option(help="Training steps of 64 renders.", min=1)] = 2_000,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
 ) -> None:
     """Train it and write its folder; a killed run goes on where it stopped."""
     torch.manual_seed(0)
@@ -118,8 +138,11 @@ def main(
     size = sd.picture_size[0]
     classifier = LatentClassifier(ClassifierConfig(CLASSES, sd.vae.config.latent_channels))
 
-    batches = draw_batches(render_examples(sd.vae, examples, size, SCENE_SEED), sd.schedule.num_train_timesteps)
-    recipe = Recipe(max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100, decay_from=0.3)
+    shown = kept_examples(sd.vae, examples, size, work / "classifier")
+    batches = draw_batches(shown, sd.schedule.num_train_timesteps)
+    recipe = Recipe(
+        max_train_steps=steps, learning_rate=learning_rate, lr_warmup_steps=100, decay_from=0.3, optimizer="muon"
+    )
     train_on_the_cpu(ClassifierLoss(classifier, sd.schedule), batches, recipe, work / "classifier", every_nth)
     if not is_main_process():
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,20 @@ from sdkit.images.pixels import to_pil
 
 # The first fusion layer has nothing to add a residual to, and published files leave these weights out.
 UNUSED = "neck.fusion_stage.layers.0.residual_layer1."
+
+
+@contextmanager
+def _without_bar() -> Generator[None]:
+    """Without transformers' bar over the weights that it loads."""
+    from transformers.utils import logging
+
+    shown: bool = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class DepthEstimator:
@@ -34,11 +49,12 @@ class DepthEstimator:
             raise CheckpointError(f"{folder}: expected DPTForDepthEstimation, found {kind}")
 
         # transformers 5 has the Pillow form under a name of its own; the other one needs torchvision.
-        processor: Any = getattr(transformers, "DPTImageProcessorPil", transformers.DPTImageProcessor)
+        processor: Any = getattr(transformers, "DPTImageProcessorPil", None) or transformers.DPTImageProcessor
         try:
             self.processor = processor.from_pretrained(parts["feature_extractor"]["path"], local_files_only=True)
             load: Any = transformers.DPTForDepthEstimation.from_pretrained
-            network, info = load(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+            with _without_bar():
+                network, info = load(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # transformers raises errors of many classes for damaged folders
             raise CheckpointError(f"{Path(folder).parent}: not a depth estimator ({one_line(error)})") from None
 

@@ -113,7 +113,7 @@ def give_weights(module: Module, state: Mapping[str, Tensor], where: str) -> Mod
         if tensor.shape != state[key].shape:
             found = list(state[key].shape)
             raise CheckpointError(f"{where}: {key}: expected the shape {list(tensor.shape)}, found {found}")
-        if not state[key].is_floating_point():
+        if tensor.is_floating_point() and not state[key].is_floating_point():
             raise CheckpointError(f"{where}: {key}: expected floating-point numbers, found {state[key].dtype}")
 
     _name_not_finite(state, where)

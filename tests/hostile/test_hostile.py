@@ -88,7 +88,7 @@ def check(verdicts: list[dict[str, Any]]) -> None:
     assert any(verdict["verdict"] == "refused" for verdict in verdicts), "nothing was damaged"
 
 
-@pytest.mark.parametrize("name", ["LoRA, peft", "textual inversion, pickled", "our picture's facts", ARGUMENTS])
+@pytest.mark.parametrize("name", ["LoRA, peft", "textual inversion, pickled", ARGUMENTS])
 def test_a_few(name: str, tmp_path: Path) -> None:
     check(tried(name, 10 * FEW if name == ARGUMENTS else 3 * FEW, tmp_path))
 

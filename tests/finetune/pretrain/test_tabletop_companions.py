@@ -32,6 +32,7 @@ def test_each_is_a_small_file_beside_the_model() -> None:
         assert 0 < sum(file.stat().st_size for file in (MODELS / name).rglob("*") if file.is_file()) < limit
 
 
+@pytest.mark.slow
 def test_the_one_that_sees_the_mask_paints_the_new_object_with_a_smaller_seam(probe: Probe) -> None:
     which = editing.cases(FEW)
     found: dict[str, tuple[float, float]] = {}

@@ -26,7 +26,6 @@ from sdkit.checkpoints.companion_folder import save_companion
 from sdkit.checkpoints.components import Components
 from sdkit.checkpoints.inspection import inspect_file
 from sdkit.checkpoints.loading import MODELS, load_vae, save
-from sdkit.checkpoints.textual_inversion import load_textual_inversion
 from sdkit.generation.png import read_foreign, read_parameters, write_png
 from sdkit.generation.provenance import arguments_of
 from sdkit.networks.latent_classifier import ClassifierConfig, LatentClassifier
@@ -248,14 +247,6 @@ def build_words(folder: Path) -> None:
 
 def read_word(name: str) -> Read:
     def read(folder: Path) -> Iterable[Tensor]:
-        inversion = load_textual_inversion(folder / name)
-        return [torch.as_tensor(vectors) for vectors in vars(inversion).values() if isinstance(vectors, Tensor)]
-
-    return read
-
-
-def read_word_and_draw(name: str) -> Read:
-    def read(folder: Path) -> Iterable[Tensor]:
         sd = shared()
         sd.load_textual_inversion(folder / name, token="zorb")
         try:
@@ -368,8 +359,8 @@ SUBJECTS: dict[str, Subject] = {
     "LoRA, peft": Subject(build_lora("peft", "it"), read_adapter("it"), (".safetensors", ".json")),
     "LyCORIS": Subject(build_family, read_adapter("family.safetensors"), (".safetensors",)),
     "hypernetwork": Subject(build_hypernetwork, read_adapter("hyper.pt"), (".pt",)),
-    "textual inversion": Subject(build_words, read_word_and_draw("word.safetensors"), (".safetensors",)),
-    "textual inversion, pickled": Subject(build_words, read_word_and_draw("word.pt"), (".pt",)),
+    "textual inversion": Subject(build_words, read_word("word.safetensors"), (".safetensors",)),
+    "textual inversion, pickled": Subject(build_words, read_word("word.pt"), (".pt",)),
     "training state": Subject(build_state, read_state, (".pt",)),
     "our picture's facts": Subject(build_picture, read_ours, ("ours.png",)),
     "A1111's and ComfyUI's facts": Subject(build_picture, read_theirs, ("a1111.png", "comfyui.png")),
